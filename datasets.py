@@ -1,0 +1,859 @@
+"""Which data: whole sets in memory as uint8 tensors, their batches and augmentation, the decodable labels.
+
+    dataset = load("CIFAR10", "data")
+    for x, y in Batches(dataset, "train", 512, device="cuda", shuffle=True, augment=True):
+        ...
+
+Letters: N samples, B samples of a batch, C classes (in an image's shape: channels), H × W pixels, N_D digits.
+"""
+
+import fcntl
+import functools
+import hashlib
+import math
+import os
+import pickle
+import queue
+import shutil
+import socket
+import sys
+import tarfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets as torchvision_datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.utils import check_integrity
+
+from errors import UserError
+
+# The icosahedron of SZT: row v lists the neighbours of vertex v. Vertices at distance three are opposite.
+NEIGHBOURS = [
+    [1, 3, 5, 10, 11],
+    [0, 2, 3, 4, 11],
+    [1, 3, 4, 8, 9],
+    [0, 1, 2, 8, 10],
+    [1, 2, 6, 9, 11],
+    [0, 6, 7, 10, 11],
+    [4, 5, 7, 9, 11],
+    [5, 6, 8, 9, 10],
+    [2, 3, 7, 9, 10],
+    [2, 4, 6, 7, 8],
+    [0, 3, 5, 7, 8],
+    [0, 1, 4, 5, 6],
+]
+OPPOSITES = [(0, 9), (1, 7), (2, 5), (3, 6), (4, 10), (8, 11)]
+SZT_TRAIN_PERCENT = 85  # Shwartz-Ziv & Tishby (2017), their headline figure
+SZT_SPLIT_SEED = 2017
+
+# Of the unpacked files; torchvision knows the checksums of the archives alone.
+MNIST_CHECKSUMS = {
+    "MNIST": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
+MNIST_LENGTHS = (60_000, 10_000)  # training and test samples of the published files
+PATIENCE = 10.0  # seconds that a silent server is waited for
+
+IMAGE_SHIFT = 2  # pixels
+GREY_MODES = ("1", "L", "LA")  # of PIL
+DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits per channel
+IMAGES_PER_TASK = 256
+EVALUATION_VALUES = 2**20  # pixels or bits in a batch where nothing is trained
+SHARE_OF_FREE_MEMORY = 0.5  # of the device that the data may take; the rest is the network's
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The training or the test half of a dataset."""
+
+    inputs: Tensor  # uint8 (N, C, H, W), or (N, 12) for SZT
+    labels: Tensor  # int64 (N,)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A dataset in raw bytes, and what normalises, x = (inputs − offset) · scale, and augments it."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    offset: Tensor  # (channels,)
+    scale: Tensor  # (channels,)
+    shift: int  # augmentation moves an image by up to this many pixels
+    flip: bool  # whether a mirrored image is still one of its class
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.train.inputs.shape[1:])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def to(self, device: torch.device) -> "Dataset":
+        """The same with its inputs on the device, if they fit there."""
+        train, test = (
+            Split(_placed(split.inputs.contiguous(), device), split.labels) for split in (self.train, self.test)
+        )
+        return replace(self, train=train, test=test)
+
+
+def load(name: str, data_dir: str | os.PathLike = "data", limit: int | None = None) -> Dataset:
+    """The dataset `name`, one of DATASETS or a folder with train/CLASS/* and test/CLASS/* images.
+
+    Published sets are looked for in `data_dir` and downloaded into it on first use. `limit` keeps the first
+    samples of each half: SZT is stored shuffled and a folder's classes interleaved, so that those are mixed.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: at least 1 sample is needed")
+    if name in DATASETS:
+        return _first(DATASETS[name](Path(data_dir).expanduser()), limit)
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        return _image_folder(Path(folder), limit)
+    raise UserError(f"--dataset {name}: neither one of {', '.join(DATASETS)} nor a folder of images")
+
+
+def _first(dataset: Dataset, limit: int | None) -> Dataset:
+    if limit is None:
+        return dataset
+    train, test = (  # cloned, so that the memory of the whole set is free again
+        Split(split.inputs[:limit].clone(), split.labels[:limit].clone()) for split in (dataset.train, dataset.test)
+    )
+    return replace(dataset, train=train, test=test)
+
+
+def szt() -> tuple[Tensor, Tensor]:
+    """All 4096 patterns of 12 bits in counting order, uint8 (4096, 12), and their labels, int64 (4096,).
+
+    The bits are the vertices of an icosahedron. With k = number of ones, a and o = pairs of ones on an edge
+    and on opposite vertices, r = k(k−1)/2 − a − o, the label is 1 exactly when 23k + a − 5r − 8o ≥ 99: a
+    function of what rotations leave alone.
+    """
+    patterns = torch.arange(4096)[:, None] >> torch.arange(11, -1, -1) & 1  # (4096, 12)
+    edges = [(v, neighbour) for v, row in enumerate(NEIGHBOURS) for neighbour in row if v < neighbour]
+    k = patterns.sum(1)
+    a = _pairs_of_ones(patterns, edges)
+    o = _pairs_of_ones(patterns, OPPOSITES)
+    r = k * (k - 1) // 2 - a - o
+    labels = (23 * k + a - 5 * r - 8 * o >= 99).long()
+    return patterns.byte(), labels
+
+
+def _pairs_of_ones(patterns: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
+    first, second = torch.tensor(pairs).T
+    return (patterns[:, first] * patterns[:, second]).sum(1)
+
+
+def _szt_dataset() -> Dataset:
+    """SZT, 3481 patterns for training and 615 for testing, shuffled, the same ones always."""
+    patterns, labels = szt()
+    # RandomState's stream is frozen for all versions of NumPy; torch promises nothing of the kind.
+    order = torch.from_numpy(np.random.RandomState(SZT_SPLIT_SEED).permutation(len(labels)))
+    num_train = labels.bincount() * SZT_TRAIN_PERCENT // 100  # per class, rounded down
+    is_train = _index_within_class(labels[order]) < num_train[labels[order]]
+    train, test = (Split(patterns[half], labels[half]) for half in (order[is_train], order[~is_train]))
+    offset, scale = torch.tensor([0.5]), torch.tensor([2.0])  # bits become ±1
+    return Dataset("SZT", ("0", "1"), train, test, offset, scale, shift=0, flip=False)
+
+
+def _mnist(data_dir: Path) -> Dataset:
+    source = _mnist_source(torchvision_datasets.MNIST)
+    return _published(source, data_dir, mean=(0.1307,), std=(0.3081,), flip=False)
+
+
+def _fashion_mnist(data_dir: Path) -> Dataset:
+    source = _mnist_source(torchvision_datasets.FashionMNIST)
+    return _published(source, data_dir, mean=(0.2860,), std=(0.3530,), flip=True)
+
+
+def _cifar10(data_dir: Path) -> Dataset:
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    return _published(_cifar10_source(), data_dir, mean=mean, std=std, flip=True)
+
+
+DATASETS: dict[str, Callable[[Path], Dataset]] = {
+    "SZT": lambda data_dir: _szt_dataset(),
+    "MNIST": _mnist,
+    "FashionMNIST": _fashion_mnist,
+    "CIFAR10": _cifar10,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where torchvision gets a dataset from, and what it leaves: all paths below the data folder."""
+
+    name: str
+    classes: tuple[str, ...]
+    folder: str  # that holds the files
+    archives: dict[str, str]  # path → checksum
+    files: tuple[str, ...]
+    urls: tuple[str, ...]
+    download: Callable[[Path], object]
+    read: Callable[[Path], tuple[Split, Split]]  # raises Damaged
+
+
+class Damaged(Exception):
+    """A file of a dataset that is missing or not what it should be."""
+
+
+def _mnist_source(dataset: type[torchvision_datasets.MNIST]) -> Source:
+    name = dataset.__name__
+    folder = f"{name}/raw"
+    return Source(
+        name=name,
+        classes=tuple(dataset.classes),
+        folder=folder,
+        archives={f"{folder}/{archive}": md5 for archive, md5 in dataset.resources},
+        files=tuple(f"{folder}/{archive.removesuffix('.gz')}" for archive, _ in dataset.resources),
+        urls=tuple(mirror + dataset.resources[0][0] for mirror in dataset.mirrors),
+        download=functools.partial(dataset, download=True),
+        read=lambda data_dir: _read_mnist(data_dir / folder, MNIST_CHECKSUMS[name]),
+    )
+
+
+def _cifar10_source() -> Source:
+    dataset = torchvision_datasets.CIFAR10
+    contents = {**dict(dataset.train_list + dataset.test_list), dataset.meta["filename"]: dataset.meta["md5"]}
+    return Source(
+        name="CIFAR10",
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        folder=dataset.base_folder,
+        archives={dataset.filename: dataset.tgz_md5},
+        files=tuple(f"{dataset.base_folder}/{file}" for file in contents),
+        urls=(dataset.url,),
+        download=functools.partial(dataset, download=True),
+        read=lambda data_dir: _read_cifar10(data_dir / dataset.base_folder),
+    )
+
+
+def _published(source: Source, data_dir: Path, mean: tuple[float, ...], std: tuple[float, ...], flip: bool) -> Dataset:
+    train, test = _obtain(source, data_dir)
+    offset, scale = 255 * torch.tensor(mean), 1 / (255 * torch.tensor(std))
+    return Dataset(source.name, source.classes, train, test, offset, scale, IMAGE_SHIFT, flip)
+
+
+def _read_mnist(folder: Path, checksums: dict[str, str]) -> tuple[Split, Split]:
+    train, test = (_read_mnist_half(folder, half, checksums) for half in ("train", "t10k"))
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        raise Damaged(f"{folder} holds training and test images of different size")
+    return train, test
+
+
+def _read_mnist_half(folder: Path, half: str, checksums: dict[str, str]) -> Split:
+    images, labels = f"{half}-images-idx3-ubyte", f"{half}-labels-idx1-ubyte"
+    inputs = _read_idx(folder / images, 3, checksums[images])[:, None]  # (N, 1, H, W)
+    targets = _read_idx(folder / labels, 1, checksums[labels]).long()  # (N,)
+    if len(inputs) != len(targets):
+        raise Damaged(f"{folder / labels} is damaged ({len(targets)} labels for {len(inputs)} images)")
+    if targets.max() > 9:
+        raise Damaged(f"{folder / labels} is damaged (label {targets.max()}, allowed are 0 to 9)")
+    return Split(inputs, targets)
+
+
+def _read_idx(path: Path, num_dimensions: int, checksum: str) -> Tensor:
+    """The bytes in an IDX file: 0, 0, type 8, number of dimensions, their big-endian sizes, then the values.
+
+    A file of the published length must be the published one. Others may be somebody's own, and need only be
+    whole.
+    """
+    content = _content(path)
+    header = 4 + 4 * num_dimensions
+    if len(content) < header or content[:4].tolist() != [0, 0, 8, num_dimensions]:
+        raise Damaged(f"{path} is damaged (it does not start like an IDX file)")
+    sizes = content[4:header].view(">u4").tolist()
+    if 0 in sizes or len(content) != header + math.prod(sizes):
+        raise Damaged(f"{path} is damaged ({len(content)} bytes instead of {header + math.prod(sizes)})")
+    if sizes[0] in MNIST_LENGTHS and hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
+        raise Damaged(f"{path} is damaged (wrong checksum)")
+    return torch.from_numpy(content[header:].reshape(sizes))
+
+
+def _read_cifar10(folder: Path) -> tuple[Split, Split]:
+    dataset = torchvision_datasets.CIFAR10
+    _checked_content(folder / dataset.meta["filename"], dataset.meta["md5"])  # torchvision wants it, we do not
+    train, test = (_read_cifar10_half(folder, files) for files in (dataset.train_list, dataset.test_list))
+    return train, test
+
+
+def _read_cifar10_half(folder: Path, files: list[list[str]]) -> Split:
+    # A pickle can run code: only the bytes whose checksum was just compared are unpickled.
+    batches = [pickle.loads(_checked_content(folder / file, md5), encoding="latin1") for file, md5 in files]
+    inputs = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    labels = np.concatenate([batch["labels"] for batch in batches])
+    return Split(torch.from_numpy(inputs), torch.from_numpy(labels).long())
+
+
+def _checked_content(path: Path, checksum: str) -> np.ndarray:
+    content = _content(path)
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
+        raise Damaged(f"{path} is damaged (wrong checksum)")
+    return content
+
+
+def _content(path: Path) -> np.ndarray:
+    try:
+        return np.fromfile(path, dtype=np.uint8)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _obtain(source: Source, data_dir: Path) -> tuple[Split, Split]:
+    """The two halves of the dataset, which is downloaded if a file is missing or damaged."""
+    try:
+        return source.read(data_dir)
+    except Damaged as damaged:
+        problem = _archive_problem(source, data_dir) or str(damaged)
+    try:
+        if not _has_whole_archives(source, data_dir):
+            _refuse_offline(source.urls)  # before anything is written
+        print(f"{problem}: downloading {source.name} into {data_dir}", file=sys.stderr)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _alone(data_dir / f".{source.name}.lock"):
+            return _download(source, data_dir)
+    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zlib.error, Damaged) as error:
+        archives = ", ".join(os.path.basename(archive) for archive in source.archives)
+        destination = data_dir / os.path.dirname(next(iter(source.archives)))
+        reason = " ".join(str(error).split())  # torchvision's have several lines
+        raise UserError(
+            f"{source.name} cannot be loaded: {problem} and the download failed ({reason}); bring {archives} "
+            f"into {destination} by hand, or name with --data-dir the folder in which {source.folder} lies"
+        ) from error
+
+
+def _staging(source: Source, data_dir: Path) -> Path:
+    """Where a download stands until it is whole."""
+    return data_dir / f".{source.name}-download"
+
+
+def _archive_problem(source: Source, data_dir: Path) -> str | None:
+    for path, md5 in source.archives.items():
+        if (data_dir / path).is_file() and not check_integrity(data_dir / path, md5):
+            return f"{data_dir / path} is damaged (wrong checksum)"
+    if _staging(source, data_dir).exists():
+        return f"the download in {_staging(source, data_dir)} was interrupted"
+    return None
+
+
+def _has_whole_archives(source: Source, data_dir: Path) -> bool:
+    folders = (data_dir, _staging(source, data_dir))
+    return all(any(check_integrity(folder / path, md5) for folder in folders) for path, md5 in source.archives.items())
+
+
+def _refuse_offline(urls: Sequence[str]) -> None:
+    """Returns if one of the servers answers and raises ConnectionError if none does, soon in either case.
+
+    Threads, because looking up a name and trying all addresses of a host have no time-out of their own.
+    """
+    answers = queue.SimpleQueue()
+    for url in urls:
+        threading.Thread(target=lambda url=url: answers.put(_failure(url)), daemon=True).start()
+    for _ in urls:
+        try:
+            failure = answers.get(timeout=PATIENCE)
+        except queue.Empty:
+            raise ConnectionError(f"no answer from {urls[0]} within {PATIENCE:.0f} s") from None
+        if failure is None:
+            return
+    raise ConnectionError(failure)
+
+
+def _failure(url: str) -> str | None:
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=PATIENCE).close()
+    except HTTPError:
+        return None  # a refusal is an answer: torchvision may know another way
+    except (OSError, HTTPException) as error:
+        return f"{url}: {error}"
+    return None
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Lets one process through at a time; the system frees the lock of one that dies."""
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever had the lock has removed the file, and a third may hold a new one by now: start over.
+            if not _is_at(file.fileno(), lock):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _download(source: Source, data_dir: Path) -> tuple[Split, Split]:
+    """Lets torchvision download into a folder beside, and moves the files to their place once whole."""
+    with suppress(Damaged):  # another process may have brought them while this one waited for the lock
+        return source.read(data_dir)
+    staging = _staging(source, data_dir)
+    _keep_whole_archives(source, data_dir, staging)
+    with _network_timeout():
+        source.download(staging)
+    halves = source.read(staging)
+    for file in source.files:
+        (data_dir / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / file, data_dir / file)
+    shutil.rmtree(staging, ignore_errors=True)
+    return halves
+
+
+def _keep_whole_archives(source: Source, data_dir: Path, staging: Path) -> None:
+    """Leaves in `staging` the whole archives, of an interrupted download or brought by hand, and no more.
+
+    torchvision downloads an archive with a wrong checksum again, but takes any unpacked file for whole.
+    """
+    for archive, md5 in source.archives.items():
+        if not check_integrity(staging / archive, md5) and check_integrity(data_dir / archive, md5):
+            (staging / archive).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(data_dir / archive, staging / archive)
+    for path in [path for path in staging.rglob("*") if path.is_file()]:
+        checksum = source.archives.get(path.relative_to(staging).as_posix(), "none: not an archive")
+        if not check_integrity(path, checksum):
+            path.unlink()
+
+
+@contextmanager
+def _network_timeout() -> Iterator[None]:
+    """torchvision opens its connections without a time-out, and a silent server would hold it for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _image_folder(folder: Path, limit: int | None) -> Dataset:
+    """The images of train/CLASS/* and test/CLASS/*, classes ordered as in torchvision's ImageFolder.
+
+    Samples are interleaved, the first of every class, the second of every class, …, so that the first N are
+    balanced. Images that are all grey have one channel, else three; mean and deviation are those of the
+    training images used.
+    """
+    for half in ("train", "test"):
+        if not (folder / half).is_dir():
+            raise UserError(f"{folder} is no dataset: no folder {half}/ with one folder of images per class")
+        _refuse_link_out(folder / half, folder.resolve())
+        _refuse_bad_entries(folder / half, folder.resolve(), visited=set())
+    classes = _classes(folder / "train")
+    if len(classes) < 2:
+        raise UserError(f"{folder / 'train'} holds the one class {classes[0]}, at least 2 are needed")
+    train_paths, train_labels = _find_images(folder / "train", classes, limit)
+    test_paths, test_labels = _find_images(folder / "test", classes, limit)
+    images = _decode(train_paths + test_paths)
+    train = Split(images[: len(train_paths)], train_labels)
+    test = Split(images[len(train_paths) :], test_labels)
+    offset, scale = _normalisation(train.inputs)
+    shift = min(IMAGE_SHIFT, *(size - 1 for size in images.shape[2:]))  # reflection needs a pixel more
+    return Dataset(str(folder), tuple(classes), train, test, offset, scale, shift, flip=True)
+
+
+def _refuse_bad_entries(folder: Path, root: Path, visited: set[str]) -> None:
+    """Refuses links out of `root`, links in circles, pipes and devices, at any depth below `folder`."""
+    visited.add(os.path.realpath(folder))
+    for entry in _scan(folder):
+        if entry.is_symlink():
+            _refuse_link_out(Path(entry.path), root)
+        if entry.is_dir():
+            if os.path.realpath(entry.path) in visited:
+                raise UserError(f"{entry.path} is a link to a folder that is read already")
+            _refuse_bad_entries(Path(entry.path), root, visited)
+        elif not entry.is_file():
+            raise UserError(f"{entry.path} is neither a file nor a folder")
+
+
+def _refuse_link_out(path: Path, root: Path) -> None:
+    if not Path(os.path.realpath(path)).is_relative_to(root):
+        raise UserError(f"{path} is a link to a place outside {root}, which is not followed")
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _classes(folder: Path) -> list[str]:
+    try:
+        return find_classes(folder)[0]
+    except FileNotFoundError:
+        raise UserError(f"{folder} is empty: one folder of images per class is needed") from None
+
+
+def _find_images(folder: Path, train_classes: list[str], limit: int | None) -> tuple[list[str], Tensor]:
+    """Paths and labels of the first images below `folder`, classes interleaved."""
+    classes = _classes(folder)
+    for name in classes:
+        if name not in train_classes:
+            raise UserError(f"{folder / name} is a class that {folder.with_name('train')} lacks")
+    class_to_index = {name: train_classes.index(name) for name in classes}  # test may lack some of train's
+    samples = make_dataset(folder, class_to_index, IMG_EXTENSIONS, allow_empty=True)
+    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)  # (N,)
+    for name, label in class_to_index.items():
+        if label not in labels:
+            raise UserError(f"{folder / name} holds no image (allowed are {', '.join(IMG_EXTENSIONS)})")
+    order = (_index_within_class(labels) * len(train_classes) + labels).argsort()[:limit]
+    return [samples[i][0] for i in order.tolist()], labels[order]
+
+
+def _decode(paths: list[str]) -> Tensor:
+    """The images, uint8 (N, 1 or 3, H, W), which must all have the size of the first."""
+    size = width, height = _open(paths[0])[0].size
+    images = _room_for((len(paths), 3, height, width))
+
+    def decode_some(start: int) -> bool:
+        """Decodes a few images, as a task each would cost as much as a small image; whether all are grey."""
+        are_grey = True
+        for i in range(start, min(start + IMAGES_PER_TASK, len(paths))):
+            image, is_grey = _open(paths[i])
+            if image.size != size:
+                found, first = (f"{width} × {height}" for width, height in (image.size, size))
+                raise UserError(f"{paths[i]} is {found} but {paths[0]} is {first}: all must have one size")
+            images[i] = np.asarray(image).transpose(2, 0, 1)
+            are_grey &= is_grey
+        return are_grey
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+        are_grey = all(list(pool.map(decode_some, range(0, len(paths), IMAGES_PER_TASK))))
+    return torch.from_numpy(images[:, :1].copy() if are_grey else images)
+
+
+def _room_for(shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        return np.empty(shape, dtype=np.uint8)
+    except MemoryError:
+        gigabytes = math.prod(shape) / 1e9
+        raise UserError(
+            f"--dataset: {shape[0]} images of {shape[3]} × {shape[2]} need {gigabytes:.0f} GB of memory, "
+            "more than there is: use smaller images or --limit"
+        ) from None
+
+
+def _open(path: str) -> tuple[Image.Image, bool]:
+    """The image as RGB, and whether it is grey."""
+    try:
+        with Image.open(path) as image:
+            mode, rgb = image.mode, image.convert("RGB")
+    except Exception as error:  # PIL's decoders answer broken files with a dozen kinds of exceptions
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    if mode in DEEP_MODES:
+        raise UserError(f"{path} has more than 8 bits per channel (mode {mode}), allowed are 8")
+    return rgb, mode in GREY_MODES
+
+
+def _normalisation(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset and scale per channel, (C,) each: mean and 1 / deviation, exact because counted."""
+    values = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])  # (C, 256)
+    weights = counts.double() / counts.sum(1, keepdim=True)
+    mean = weights @ values
+    variance = (weights * (values - mean[:, None]) ** 2).sum(1)
+    std = variance.sqrt().clamp_min(1.0)  # a channel of one value has none; less than one grey level is none
+    return mean.float(), (1 / std).float()
+
+
+class Batches:
+    """Batches (x, y) of one half of a dataset: x float32 (B, *shape), y int64 (B,), both on `device`.
+
+    Every sample comes once per epoch, also those of the short last batch. Order and augmentation depend on
+    `seed` and the epoch (`set_epoch`) alone: each sample's shift and flip is the same whatever batch size,
+    rank and device are. Global random state is neither read nor changed. Under several devices `batch_size`
+    is the global one, and each rank gets every world_size-th sample of each global batch.
+
+    `batches[indices]` is x of these samples without augmentation.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        alternate_flip: bool = False,
+    ):
+        assert split in ("train", "test"), split
+        assert 0 <= rank < world_size, (rank, world_size)
+        inputs, labels = getattr(dataset, split).inputs, getattr(dataset, split).labels
+        if batch_size < world_size:
+            raise UserError(f"--batch-size {batch_size}: at least 1 for each of {world_size} device(s) is needed")
+        if len(labels) < world_size:
+            raise UserError(f"--devices: {world_size} devices cannot share the {len(labels)} {split} sample(s)")
+        self.num_samples = len(labels)
+        self.epoch = 0
+        self.labels = labels.to(device)  # (N,)
+        self.device = self.labels.device  # with its index: "cuda" would compare unequal to "cuda:0"
+        self._inputs = _placed(inputs.contiguous(), self.device)
+        per_channel = (-1, *[1] * (inputs.ndim - 2))
+        self._offset = dataset.offset.to(self.device).view(per_channel)
+        self._scale = dataset.scale.to(self.device).view(per_channel)
+        self._bounds = _bounds(self.num_samples, batch_size, world_size)
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._shuffle = seed, shuffle
+        self._moves = None
+        if augment and (dataset.shift or dataset.flip):
+            height, width = dataset.shape[1:]
+            self._moves = Moves(height, width, dataset.shift, dataset.flip, alternate_flip)
+
+    batch_sampler = None  # Lightning asks every loader with a sampler for it
+
+    @property
+    def sampler(self) -> "Batches":
+        """Itself: Lightning calls `set_epoch` on a loader's sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator reads the epoch at its first batch: Lightning calls iter() first and set_epoch after it.
+        place = self._inputs.device
+        order = torch.arange(self.num_samples)
+        if self._shuffle:
+            order = torch.randperm(self.num_samples, generator=_generator(self._seed, self.epoch, "order"))
+        choices = None
+        if self._moves is not None:
+            choices = self._moves.draw(self.num_samples, self._seed, self.epoch).to(place)
+        order = order.to(place)
+        for start, stop in self._bounds:
+            indices = order[start + self._rank : stop : self._world_size]  # (B,)
+            x = self[indices] if choices is None else self._augmented(indices, choices)
+            yield x, self.labels[indices.to(self.device)]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return self._normalised(self._fetched(indices))
+
+    def _augmented(self, indices: Tensor, choices: Tensor) -> Tensor:
+        rows, columns = self._moves.pixels(choices[:, indices].to(self.device))
+        if self._inputs.device == self.device:
+            return self._normalised(_gathered(self._inputs, indices, rows, columns))
+        images, places = self._fetched(indices), torch.arange(len(indices), device=self.device)
+        return self._normalised(_gathered(images, places, rows, columns))
+
+    def _fetched(self, indices: Tensor) -> Tensor:
+        """inputs[indices] on the device, still uint8."""
+        if isinstance(indices, Tensor):
+            indices = indices.to(self._inputs.device)
+        inputs = self._inputs[indices]
+        if self.device.type == "cuda" and inputs.device.type == "cpu":
+            inputs = inputs.pin_memory()  # so that the copy runs beside the computation
+        return inputs.to(self.device, non_blocking=True)
+
+    def _normalised(self, inputs: Tensor) -> Tensor:
+        return inputs.float().sub_(self._offset).mul_(self._scale)
+
+
+class Moves:
+    """Random shifts, reflected at the border, and flips: from which row and column each pixel is taken."""
+
+    def __init__(self, height: int, width: int, shift: int, flip: bool, alternate_flip: bool):
+        self.num_shifts = 2 * shift + 1
+        self.flip, self.alternate_flip = flip, alternate_flip
+        self.rows = _reflected(height, shift)  # (shifts, H)
+        columns = _reflected(width, shift)
+        self.columns = torch.cat([columns, columns.flip(1)])  # (2 shifts, W), the second half mirrored
+
+    def draw(self, num_samples: int, seed: int, epoch: int) -> Tensor:
+        """For every sample a row of `rows` and a row of `columns`, (2, N)."""
+        generator = _generator(seed, epoch, "shift")
+        choices = torch.randint(self.num_shifts, (2, num_samples), generator=generator)
+        if self.flip:
+            choices[1] += self.num_shifts * self._flips(num_samples, seed, epoch)
+        return choices
+
+    def _flips(self, num_samples: int, seed: int, epoch: int) -> Tensor:
+        """0 or 1 for every sample: tossed each epoch, or tossed once and then alternating (airbench)."""
+        first = 0 if self.alternate_flip else epoch
+        tossed = torch.randint(2, (num_samples,), generator=_generator(seed, first, "flip"))
+        return (tossed + epoch - first) % 2
+
+    def pixels(self, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows (B, H) and columns (B, W) from which the pixels of a batch come."""
+        if self.rows.device != choices.device:
+            self.rows, self.columns = self.rows.to(choices.device), self.columns.to(choices.device)
+        return self.rows[choices[0]], self.columns[choices[1]]
+
+
+def _reflected(size: int, shift: int) -> Tensor:
+    """Where position i comes from under each shift, (2 shift + 1, size): −1 is 1, size is size − 2."""
+    position = (torch.arange(-shift, shift + 1)[:, None] + torch.arange(size)).abs()
+    return torch.minimum(position, 2 * (size - 1) - position)
+
+
+def _gathered(images: Tensor, indices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """out[b, c, i, j] = images[indices[b], c, rows[b, i], columns[b, j]], uint8 (B, C, H, W).
+
+    Whole image rows first (index_select copies 32 bytes at once), then pixels within them: twice the time of
+    images[indices] alone, where one advanced indexing takes ten times that.
+    """
+    _, channels, height, width = images.shape
+    image_and_channel = indices[:, None] * channels + torch.arange(channels, device=indices.device)  # (B, C)
+    line = image_and_channel[:, :, None] * height + rows[:, None, :]  # (B, C, H)
+    lines = images.view(-1, width).index_select(0, line.flatten()).view(-1, channels * height, width)
+    column = columns[:, None, :].expand(-1, channels * height, -1)  # (B, C · H, W)
+    return lines.gather(2, column).view(-1, channels, height, width)
+
+
+def _placed(inputs: Tensor, device: torch.device) -> Tensor:
+    """The inputs on the device if they fit; else where they are, to be copied batch by batch."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if inputs.nbytes > SHARE_OF_FREE_MEMORY * free:
+            return inputs
+    return inputs.to(device)
+
+
+def _bounds(num_samples: int, batch_size: int, world_size: int) -> list[tuple[int, int]]:
+    """First and last + 1 of every global batch.
+
+    A short last batch with fewer than 2 samples per rank joins the one before it: batch norm needs two.
+    """
+    starts = list(range(0, num_samples, batch_size))
+    num_last = num_samples - starts[-1]
+    if len(starts) > 1 and num_last < min(batch_size, 2 * world_size):
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_samples], strict=True))
+
+
+def _generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
+    """Random numbers that depend on these three alone, on the CPU so that every device gets the same."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class Data(LightningDataModule):
+    """A dataset as Lightning's Trainer and the measures want it: on the trainer's device, in the rank's share."""
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, *, augment: bool = True, alternate_flip: bool = False, seed: int = 0
+    ):
+        super().__init__()
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.random = {"augment": augment, "alternate_flip": alternate_flip, "seed": seed}
+
+    def train_dataloader(self) -> Batches:
+        """Shuffled and augmented."""
+        return self._batches("train", self.batch_size, shuffle=True, **self.random)
+
+    def val_dataloader(self) -> Batches:
+        """The test set, as it is."""
+        return self.in_order("test")
+
+    def first_images(self, num: int = 5000) -> Tensor:
+        """The first training samples, normalised, on the CPU."""
+        return Batches(self.dataset, "train", num)[torch.arange(min(num, len(self.dataset.train.labels)))]
+
+    def in_order(self, split: str) -> Batches:
+        """Each sample once, in order and as it is: what measures look at."""
+        batch_size = min(max(EVALUATION_VALUES // math.prod(self.dataset.shape), 64), 4096)
+        return self._batches(split, batch_size * self.trainer.world_size)
+
+    def _batches(self, split: str, batch_size: int, **options: Any) -> Batches:
+        device, trainer = self.trainer.strategy.root_device, self.trainer
+        self.dataset = self.dataset.to(device)  # once: all batches share it there
+        return Batches(
+            self.dataset, split, batch_size, device=device, rank=trainer.global_rank, world_size=trainer.world_size,
+            **options,
+        )  # fmt: skip
+
+
+def decodable_labels(labels: Tensor, num_classes: int) -> Tensor:
+    """The decodable labels of modified Algorithm 1, int64 (N, N_D), the most significant digit first.
+
+    Within each class the samples are enumerated 0, 1, … in their order. That index, written in base C =
+    num_classes with N_D = ⌈log_C max_c n_c⌉ digits, gives the sample's N_D new labels. Integers only: a
+    floating-point logarithm is off by one at exact powers (125 samples in base 5). Classes may be empty.
+    Where no class has two samples N_D is 0, as the formula says: the class alone identifies the sample.
+    """
+    labels = torch.as_tensor(labels)
+    _refuse_labels(labels, num_classes)
+    index = _index_within_class(labels.long())
+    max_count, num_digits = int(index.max()) + 1, 0
+    while num_classes**num_digits < max_count:
+        num_digits += 1
+    place_values = [num_classes**place for place in reversed(range(num_digits))]
+    return index[:, None] // torch.tensor(place_values, dtype=torch.int64, device=index.device) % num_classes
+
+
+def digit_entropies(digits: Tensor, num_classes: int) -> Tensor:
+    """The empirical entropy H(Y_k) of each column of `digits` (N, N_D), in nats, float64 (N_D,).
+
+    Of the pooled digit, from its counts, not log C. H(Y) of plain labels is `digit_entropies(labels[:, None],
+    C)`.
+    """
+    num_samples, num_digits = digits.shape
+    columns = torch.arange(num_digits, device=digits.device)
+    counts = (digits + columns * num_classes).flatten().bincount(minlength=num_digits * num_classes)
+    p = counts.view(num_digits, num_classes).double() / num_samples  # (N_D, C)
+    return torch.special.entr(p).sum(1)
+
+
+def _refuse_labels(labels: Tensor, num_classes: int) -> None:
+    if num_classes < 2:
+        raise ValueError(f"decodable labels need at least 2 classes, got num_classes = {num_classes}")
+    if labels.ndim != 1 or len(labels) == 0:
+        raise ValueError(f"labels must be a vector with at least one entry, got shape {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(f"labels must lie in 0 … {num_classes - 1}, got {lowest} … {highest}")
+
+
+def _index_within_class(labels: Tensor) -> Tensor:
+    """How many samples of its class come before each sample, int64 (N,)."""
+    order = labels.argsort(stable=True)
+    counts = labels.bincount()
+    first = counts.cumsum(0) - counts  # where each class begins in `order`
+    index = torch.empty_like(labels)
+    index[order] = torch.arange(len(labels), device=labels.device) - first[labels[order]]
+    return index
