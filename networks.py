@@ -1,0 +1,632 @@
+"""The networks: each an ordered sequence of named blocks, which any layer splits into encoder and decoder.
+
+A measured layer is a block's output, its encoder the blocks up to it, its decoder the blocks after it. Blocks
+are called one by one and nothing hooks into them, so a compiled network is measured like any other.
+
+Letters: B batch, C channels of an image, H × W its size, d dimension of a layer.
+"""
+
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import convnext_tiny, resnet18
+from torchvision.models.convnext import CNBlock
+
+from errors import UserError
+from seeds import seed_from
+
+NONLINEARITIES = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "identity": nn.Identity,
+}
+STEMS = ("small", "imagenet")
+SMALL_IMAGE = 64  # pixels: up to this size the stems made for 224 × 224 throw away too much of an image
+LAYER_SCALE = 1e-6  # convnext_tiny's start of every residual branch
+LOOKAHEAD_STEPS, LOOKAHEAD_DECAY = 5, 0.95  # of airbench
+WHITENING_EPS = 5e-4  # keeps directions that hardly vary from being blown up to unit variance
+
+
+class Network(nn.Module):
+    """A classifier made of named blocks that run one after the other.
+
+    A subclass builds its blocks as submodules and sets the two tuples. A block after a measured layer must
+    not write into its input: that keeps measured activations, and those decoders train on, as they were.
+    """
+
+    sequence: tuple[str, ...]  # dotted names of the blocks, in the order in which they run
+    layers: tuple[str, ...]  # those whose output is measured, the penultimate layer last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of a batch."""
+        for name in self.sequence:
+            x = self.get_submodule(name)(x)
+        return x
+
+    def feature_extractor(self, x: Tensor) -> dict[str, Tensor]:
+        """Activations of all measured layers, from one forward pass that ends at the last of them."""
+        features = {}
+        for name in self._up_to(self.layers[-1]):
+            x = self.get_submodule(name)(x)
+            if name in self.layers:
+                features[name] = x
+        return features
+
+    def get_encoder_decoder(self, layer: str) -> tuple[nn.Sequential, nn.Sequential]:
+        """The network up to and including a measured layer, and the rest of it; both share its parameters."""
+        if layer not in self.layers:
+            names = ", ".join(self.layers)
+            raise UserError(f"{type(self).__name__} has no layer {layer!r} to measure; it has {names}.")
+        before = self._up_to(layer)
+        return self._part(before), self._part(self.sequence[len(before) :])
+
+    def reset(self, module: nn.Module) -> None:
+        """Give (a copy of) a part of this network new parameters and statistics, drawn as at construction."""
+        for part in module.modules():
+            self.initialise(part)
+
+    @staticmethod
+    def initialise(part: nn.Module) -> None:
+        """Initialise what this module itself owns, not its children; torch's defaults unless overridden."""
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+
+    def _up_to(self, layer: str) -> tuple[str, ...]:
+        return self.sequence[: self.sequence.index(layer) + 1]
+
+    def _part(self, names: Sequence[str]) -> nn.Sequential:
+        blocks = {name.replace(".", "_"): self.get_submodule(name) for name in names}  # torch forbids dots
+        part = named(**blocks)
+        part.training = self.training  # the flag of the new container alone: the blocks have theirs
+        return part
+
+
+class MLP(Network):
+    """Linear layers with a non-linearity in between, for data of any shape.
+
+    Measured after each non-linearity: `hidden1`, `hidden2`, … Without widths it is a linear classifier, whose
+    penultimate layer is the flattened input: `flatten`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        widths: Sequence[int] = (512, 256),
+        nonlinearity: str = "relu",
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if nonlinearity not in NONLINEARITIES:
+            names = ", ".join(NONLINEARITIES)
+            raise UserError(f"-nl {nonlinearity!r} is not a known non-linearity; choose one of {names}.")
+        self.flatten = nn.Flatten()
+        sizes = [math.prod(shape), *widths]
+        for i, (d_in, d_out) in enumerate(pairwise(sizes), start=1):
+            norm = {"norm": nn.BatchNorm1d(d_out)} if batch_norm else {}
+            block = named(linear=nn.Linear(d_in, d_out), **norm, nonlinearity=NONLINEARITIES[nonlinearity]())
+            self.add_module(f"hidden{i}", block)
+        self.output = nn.Linear(sizes[-1], num_classes)
+        self.sequence = child_names(self)
+        self.layers = self.sequence[1:-1] or ("flatten",)
+
+
+class MNISTNet(Network):
+    """T. Oikarinen's small convolutional network (train_mnist_fast): two convolutions, two linear layers."""
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        channels, height, width = image_shape(shape, "MNISTNet", smallest=12)
+        self.conv1 = named(conv=nn.Conv2d(channels, 24, 5), pool=nn.MaxPool2d(2), relu=nn.ReLU())
+        self.conv2 = named(conv=nn.Conv2d(24, 32, 3), pool=nn.MaxPool2d(2), relu=nn.ReLU())
+        self.flatten = nn.Flatten()
+        positions = math.prod(((size - 4) // 2 - 2) // 2 for size in (height, width))
+        self.hidden = named(linear=nn.Linear(32 * positions, 256), relu=nn.ReLU())
+        self.output = nn.Linear(256, num_classes)
+        self.sequence = child_names(self)
+        self.layers = ("conv1", "conv2", "hidden")
+
+
+class CIFARNet(Network):
+    """K. Jordan's network for CIFAR-10 (airbench, arXiv 2404.00498): whitening filters, then three groups.
+
+    The fixed whitening filters come from data: call `whiten` before training.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        channels, height, width = image_shape(shape, "CIFARNet", smallest=25)
+        self.whitening = Whitening(channels)
+        self.gelu = nn.GELU()
+        self.group1 = conv_group(self.whitening.out_channels, 64)
+        self.group2 = conv_group(64, 256)
+        self.group3 = conv_group(256, 256)
+        self.pool = named(pool=nn.MaxPool2d(3), flatten=nn.Flatten())
+        positions = math.prod((size - 1) // 8 // 3 for size in (height, width))
+        self.output = UnitLinear(256 * positions, num_classes, bias=False)
+        self.scale = Scale(1 / 9)
+        self.sequence = child_names(self)
+        self.layers = ("group1", "group2", "group3", "pool")
+
+    def whiten(self, images: Tensor) -> None:
+        """Make the first layer whiten the 2 × 2 patches of these normalised training images (B, C, H, W)."""
+        self.whitening.fit(images)
+
+
+class ResNet(Network):
+    """torchvision's resnet18, untrained, with its names and state dict keys.
+
+    `stem="small"` (the default up to 64 × 64) is what the literature uses on CIFAR-10: a 3 × 3 convolution
+    with stride 1 and no max-pool, so that the first residual blocks see the image at full resolution.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, stem: str | None = None) -> None:
+        super().__init__()
+        channels, *_ = image_shape(shape, "ResNet", smallest=1)
+        for name, child in resnet18(weights=None, num_classes=num_classes).named_children():
+            self.add_module(name, child)
+        if chosen_stem(stem, shape) == "small":
+            self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        elif channels != 3:
+            self.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        self.initialise(self.conv1)
+        self.avgpool = named(pool=self.avgpool, flatten=nn.Flatten())
+        residual = [block for i in (1, 2, 3, 4) for block in expand(self, f"layer{i}")]
+        self.sequence = ("conv1", "bn1", "relu", "maxpool", *residual, "avgpool", "fc")
+        self.layers = (*residual, "avgpool")
+
+    @staticmethod
+    def initialise(part: nn.Module) -> None:
+        """As torchvision does: He initialisation by fan-out for convolutions, elsewhere torch's default."""
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            Network.initialise(part)
+
+
+class ConvNeXt(Network):
+    """torchvision's convnext_tiny, untrained, with its names and state dict keys.
+
+    `stem="small"` (the default up to 64 × 64) puts a 3 × 3 convolution with stride 1 in place of the 4 × 4
+    patches: a 32 × 32 image passes the four stages at 32, 16, 8 and 4 pixels as in ResNet. The patches would
+    leave 8, 4, 2 and 1, where a 7 × 7 depthwise convolution sees mostly padding. The price is 16 times their
+    multiplications, 1.45 G per CIFAR-10 image: a third of what the original spends on a 224 × 224 image.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, stem: str | None = None) -> None:
+        super().__init__()
+        stem = chosen_stem(stem, shape)
+        channels, *_ = image_shape(shape, "ConvNeXt", smallest=8 if stem == "small" else 32)
+        original = convnext_tiny(weights=None, num_classes=num_classes, layer_scale=LAYER_SCALE)
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        if stem == "small":
+            self.features[0][0] = nn.Conv2d(channels, 96, 3, padding=1)
+        elif channels != 3:
+            self.features[0][0] = nn.Conv2d(channels, 96, 4, stride=4)
+        self.initialise(self.features[0][0])
+        stages = []
+        for i in (0, 2, 4, 6):  # the stem or a downsampling step, then the residual blocks at that resolution
+            stages += [f"features.{i}", *expand(self, f"features.{i + 1}")]
+        residual = [name for name in stages if isinstance(self.get_submodule(name), CNBlock)]
+        self.sequence = (*stages, "avgpool", *expand(self, "classifier"))
+        self.layers = (*residual, "classifier.1")
+
+    @staticmethod
+    def initialise(part: nn.Module) -> None:
+        """As torchvision does: truncated normal weights, zero biases, residual branches almost off."""
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, CNBlock):
+            nn.init.constant_(part.layer_scale, LAYER_SCALE)
+        else:
+            Network.initialise(part)
+
+
+NETWORKS = {"MLP": MLP, "MNISTNet": MNISTNet, "CIFARNet": CIFARNet, "ConvNeXt": ConvNeXt, "ResNet": ResNet}
+
+
+def chosen_stem(stem: str | None, shape: tuple[int, ...]) -> str:
+    """The stem asked for, or where none is: "small" up to 64 × 64 images, else "imagenet"."""
+    if stem is None:
+        return "small" if max(shape[1:], default=0) <= SMALL_IMAGE else "imagenet"
+    if stem not in STEMS:
+        raise UserError(f"--stem {stem!r} is not a known stem; choose one of {', '.join(STEMS)}.")
+    return stem
+
+
+def dimensions(network: Network, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shape of every measured layer's activations for one sample of the given shape."""
+    weight = next(network.parameters())
+    with torch.no_grad(), evaluating(network):
+        features = network.feature_extractor(weight.new_zeros(2, *shape))
+    return {layer: tuple(h.shape[1:]) for layer, h in features.items()}
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule's own mode again, for some may be frozen in eval mode."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Whitening(nn.Conv2d):
+    """2 × 2 convolution with fixed filters that whiten patches, each with its negative, and a learnt bias.
+
+    Filters: v_j / sqrt(λ_j + ε) and their negatives, with v_j, λ_j the eigenvectors and eigenvalues of the
+    patches' covariance (4C × 4C), ε = 5e-4. Until `fit` is called they are those of white patches.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 8 * channels, 2)
+        self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """An arbitrary orthonormal basis with its negatives; zero bias."""
+        half = self.out_channels // 2
+        nn.init.orthogonal_(self.weight[:half])
+        with torch.no_grad():
+            self.weight[half:] = -self.weight[:half]
+        nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Take the filters from the patches of normalised images (B, C, H, W)."""
+        eigenvalues, v = torch.linalg.eigh(patch_covariance(images))  # (4C,) ascending, (4C, 4C)
+        filters = (v / (eigenvalues + WHITENING_EPS).sqrt()).T.flip(0)  # (4C, 4C)
+        self.weight.copy_(torch.cat([filters, -filters]).view_as(self.weight))
+
+
+def patch_covariance(images: Tensor) -> Tensor:
+    """Covariance (4C × 4C), float64, of all 2 × 2 patches of images (B, C, H, W)."""
+    count, total, products = 0, 0, 0
+    for chunk in images.split(500):  # in float64 all the patches of 5000 images would take half a gigabyte
+        patches = F.unfold(chunk.double(), 2)  # (B, 4C, positions)
+        count += patches[:, 0].numel()
+        total = total + patches.sum((0, 2))
+        products = products + (patches @ patches.mT).sum(0)
+    mean = total / count
+    # Normalised images have means of about 0, so float64 loses nothing in this difference.
+    return products / count - torch.outer(mean, mean)
+
+
+class DiracConv(nn.Conv2d):
+    """3 × 3 convolution that starts by passing its input through; filters beyond that start at random."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1, bias=False)
+
+    def reset_parameters(self) -> None:
+        """The identity on the first `channels_in` filters, torch's default for the others."""
+        super().reset_parameters()
+        nn.init.dirac_(self.weight[: self.in_channels])
+
+
+class UnitLinear(nn.Linear):
+    """Linear map whose initial weights have standard deviation 1."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """torch's default, rescaled."""
+        super().reset_parameters()
+        self.weight.div_(self.weight.std())
+
+
+class Scale(nn.Module):
+    """Multiply by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x · factor, any shape."""
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        """What `print(network)` shows."""
+        return f"{self.factor:.4g}"
+
+
+def named(**modules: nn.Module) -> nn.Sequential:
+    """A sequence of modules with names instead of numbers."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+def conv_group(channels_in: int, channels_out: int) -> nn.Sequential:
+    """One of CIFARNet's groups: halves height and width, leaves `channels_out` channels."""
+    return named(
+        conv1=DiracConv(channels_in, channels_out),
+        pool=nn.MaxPool2d(2),
+        norm1=batch_norm_without_scale(channels_out),
+        gelu1=nn.GELU(),
+        conv2=DiracConv(channels_out, channels_out),
+        norm2=batch_norm_without_scale(channels_out),
+        gelu2=nn.GELU(),
+    )
+
+
+def batch_norm_without_scale(channels: int) -> nn.BatchNorm2d:
+    """CIFARNet's batch norm: a learnt bias, a scale that stays 1."""
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+def child_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's direct submodules, in the order of their creation."""
+    return tuple(name for name, _ in module.named_children())
+
+
+def expand(network: nn.Module, name: str) -> list[str]:
+    """The dotted names of the direct submodules of a submodule."""
+    return [f"{name}.{child}" for child in child_names(network.get_submodule(name))]
+
+
+def image_shape(shape: tuple[int, ...], model: str, smallest: int) -> tuple[int, int, int]:
+    """Channels, height and width of the samples, if this model can work on them."""
+    if len(shape) != 3:
+        size = " × ".join(map(str, shape))
+        raise UserError(f"-m {model} needs images, but the samples here are vectors ({size}); use -m MLP.")
+    channels, height, width = shape
+    if min(height, width) < smallest:
+        needs = f"images of at least {smallest} × {smallest} pixels"
+        raise UserError(f"-m {model} needs {needs}, but these are {height} × {width}.")
+    return channels, height, width
+
+
+class Classifier(LightningModule):
+    """Trains any of the networks with the cross-entropy. All that it takes to build it again stands in `hparams`.
+
+    After every epoch `values` holds, and `log_dict` gets, `train_loss`, `train_acc` (means over the samples as
+    training saw them: augmented, before each step, with label smoothing in the loss if any), `test_loss`, `test_acc`
+    (eval mode, no smoothing) and `lr`, the rate of the epoch's first step. Before training, the test values alone.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        shape: Sequence[int],
+        num_classes: int,
+        *,
+        widths: Sequence[int] = (512, 256),
+        nonlinearity: str = "relu",
+        batch_norm: bool = False,
+        stem: str | None = None,
+        optimizer: str = "adam",
+        learning_rate: float = 1e-3,
+        momentum: float = 0.9,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        label_smoothing: float = 0.0,
+        schedule: str = "constant",
+        warmup: float = 0.0,
+        start_factor: float = 0.1,
+        end_factor: float = 0.0,
+        bias_lr_scale: float = 1.0,
+        whiten_epochs: int = 3,
+        lookahead: bool = False,
+        tta: bool = False,
+        seed: int = 0,
+        keep_going: bool = False,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        options = {"widths": widths, "nonlinearity": nonlinearity, "batch_norm": batch_norm, "stem": stem}
+        self.network = build_network(model, shape, num_classes, **options)
+        self.values: dict[str, float] = {}
+        self._tally: dict[str, list[tuple[int, Tensor, Tensor]]] = {"train": [], "test": []}
+        self._slow_weights: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], shape: Sequence[int], num_classes: int) -> "Classifier":
+        """A fresh one with the flags that concern it. Its weights depend on the seed alone."""
+        names = inspect.signature(cls).parameters
+        options = {name: value for name, value in flags.items() if name in names and name != "model"}
+        torch.manual_seed(seed_from(flags["seed"], "network"))
+        return cls(flags["model"], list(shape), num_classes, **options)
+
+    @classmethod
+    def from_checkpoint(
+        cls, content: Mapping[str, Any], path: str, shape: Sequence[int], num_classes: int
+    ) -> "Classifier":
+        """The network in a checkpoint's content, if it is one for these data."""
+        hparams = content["hyper_parameters"]
+        expected = tuple(hparams.get("shape", ())), hparams.get("num_classes")
+        if expected != (tuple(shape), num_classes):
+            raise UserError(
+                f"{path} is for samples of shape {expected[0]} in {expected[1]} classes, but the data here have "
+                f"shape {tuple(shape)} and {num_classes} classes: choose them with -d/--dataset"
+            )
+        try:
+            module = cls(**hparams)
+            module.load_state_dict(content["state_dict"])
+        except (TypeError, KeyError, RuntimeError) as error:
+            raise UserError(f"{path} holds another network than it says: {' '.join(str(error).split())}") from None
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.network(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.network(x)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.hparams.label_smoothing)
+        self._count("train", logits, y, loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        logits = logits_over_views(self.network, x) if self.hparams.tta else self.network(x)
+        self._count("test", logits, y, F.cross_entropy(logits, y))
+
+    def on_train_epoch_start(self) -> None:
+        # Dropout and its kin draw from the seed and the epoch alone: a resumed run draws what it would have drawn.
+        torch.manual_seed(seed_from(self.hparams.seed, "training", self.current_epoch, self.global_rank))
+        self._first_lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._tally["train"].clear()
+
+    def on_validation_epoch_start(self) -> None:
+        self._tally["test"].clear()
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        if self.hparams.lookahead and (self.global_step % LOOKAHEAD_STEPS == 0 or self._is_last_step()):
+            self._look_ahead()
+        if self.trainer.is_last_batch and not self.hparams.keep_going:
+            self._refuse_broken_loss()
+
+    def on_validation_epoch_end(self) -> None:
+        self.values = self._means("train") | self._means("test")
+
+    def on_train_epoch_end(self) -> None:
+        if not self._tally["test"]:  # trained without a test set
+            self.values = self._means("train")
+        self.values["lr"] = self._first_lr
+        self.log_dict(self.values, rank_zero_only=True)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = self._optimizer()
+        num_steps = self.trainer.estimated_stepping_batches
+        steps_of_whitening = self.hparams.whiten_epochs * num_steps / self.trainer.max_epochs
+
+        def factor(step: int) -> float:
+            return rate_factor(step / num_steps, self.hparams)
+
+        def whitening_factor(step: int) -> float:
+            return factor(step) if step < steps_of_whitening else 0.0
+
+        factors = [whitening_factor if group["name"] == "whitening" else factor for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        hp = self.hparams
+        scale = {"norm_biases": hp.bias_lr_scale}
+        groups = [
+            # What a step decays is rate × decay: biases with a higher rate get a lower decay.
+            {"name": name, "params": params, "lr": hp.learning_rate * scale.get(name, 1.0),
+             "weight_decay": hp.weight_decay / scale.get(name, 1.0)}
+            for name, params in self._parameter_groups().items()
+        ]  # fmt: skip
+        if hp.optimizer == "sgd":
+            return torch.optim.SGD(groups, momentum=hp.momentum, nesterov=hp.momentum > 0)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[hp.optimizer]
+        return kind(groups, betas=tuple(hp.betas))
+
+    def _parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All trainable parameters, those with a rate of their own apart."""
+        groups = {"all": [], "norm_biases": [], "whitening": []}
+        norms = tuple(name for name, part in self.network.named_modules() if isinstance(part, nn.BatchNorm2d))
+        for name, parameter in self.network.named_parameters():
+            owner = name.rpartition(".")[0]
+            if not parameter.requires_grad:
+                continue
+            if owner.partition(".")[0] == "whitening":
+                groups["whitening"].append(parameter)
+            elif self.hparams.bias_lr_scale != 1 and owner in norms and name.endswith(".bias"):
+                groups["norm_biases"].append(parameter)
+            else:
+                groups["all"].append(parameter)
+        return {name: params for name, params in groups.items() if params}
+
+    def _count(self, split: str, logits: Tensor, y: Tensor, loss: Tensor) -> None:
+        # Kept as they are until the epoch ends: a sum per step would cost more calls and, on a GPU, syncs.
+        correct = (logits.detach().argmax(1) == y).sum()
+        self._tally[split].append((len(y), loss.detach(), correct))
+
+    def _means(self, split: str) -> dict[str, float]:
+        """Mean loss and accuracy over the samples of an epoch, on all ranks together."""
+        if not self._tally[split]:
+            return {}
+        sizes, losses, correct = zip(*self._tally[split], strict=True)
+        sizes = torch.tensor(sizes, dtype=torch.float64, device=self.device)
+        losses = torch.stack(losses).double() * sizes
+        sums = torch.stack([losses.sum(), torch.stack(correct).sum().double(), sizes.sum()])
+        loss, num_correct, num = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        return {f"{split}_loss": loss / num, f"{split}_acc": num_correct / num}
+
+    def _refuse_broken_loss(self) -> None:
+        """End the run if a training loss was nan or infinite: what follows it would be worthless."""
+        losses = torch.stack([loss for _, loss, _ in self._tally["train"]])
+        if torch.isfinite(losses).all():
+            return
+        step = int((~torch.isfinite(losses)).nonzero()[0])
+        raise UserError(
+            f"the training loss became {losses[step].item()} in epoch {self.current_epoch + 1}, step {step + 1} of "
+            f"{len(losses)}, at a learning rate of about {self._first_lr:.3g}: try a lower -lr/--learning-rate or a "
+            "longer --warmup (--keep-going goes on all the same)"
+        )
+
+    def _is_last_step(self) -> bool:
+        return self.global_step == self.trainer.estimated_stepping_batches
+
+    @torch.no_grad()
+    def _look_ahead(self) -> None:
+        """Move slow weights a little towards the fast ones, and the fast ones onto them; at the end keep the slow."""
+        done = self.global_step / self.trainer.estimated_stepping_batches
+        weight = 0.0 if self._is_last_step() else 1 - LOOKAHEAD_DECAY**LOOKAHEAD_STEPS * done**3
+        state = {name: value for name, value in self.network.state_dict().items() if value.is_floating_point()}
+        for name, fast in state.items():
+            slow = self._slow_weights.setdefault(name, fast.clone())
+            slow.lerp_(fast, weight)
+            fast.copy_(slow)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["slow_weights"] = self._slow_weights
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._slow_weights = checkpoint["slow_weights"]
+
+
+def build_network(model: str, shape: Sequence[int], num_classes: int, **options: object) -> Network:
+    """The network of that name; of the options it takes those that it knows."""
+    kind = NETWORKS[model]
+    known = inspect.signature(kind).parameters
+    return kind(tuple(shape), num_classes, **{name: value for name, value in options.items() if name in known})
+
+
+def rate_factor(progress: float, hp: Mapping) -> float:
+    """Learning rate relative to the highest, after a share `progress` of all steps.
+
+    Rises linearly from `start_factor` to 1 over the share `warmup`; then stays (constant), or falls linearly or along
+    half a cosine to `end_factor`.
+    """
+    if progress < hp["warmup"]:
+        return hp["start_factor"] + (1 - hp["start_factor"]) * progress / hp["warmup"]
+    rest = min((progress - hp["warmup"]) / max(1 - hp["warmup"], 1e-9), 1.0)
+    height = {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[hp["schedule"]]
+    return hp["end_factor"] + (1 - hp["end_factor"]) * height
+
+
+def logits_over_views(network: nn.Module, x: Tensor) -> Tensor:
+    """Logits averaged over an image (weight 1/2), two shifts by a pixel (1/4 each), all mirrored too."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    height, width = x.shape[2:]
+    shifted = padded[:, :, :height, :width], padded[:, :, 2 : height + 2, 2 : width + 2]
+
+    def mirrored(view: Tensor) -> Tensor:
+        return (network(view) + network(view.flip(3))) / 2
+
+    return mirrored(x) / 2 + (mirrored(shifted[0]) + mirrored(shifted[1])) / 4
