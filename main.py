@@ -1,0 +1,176 @@
+"""One run, from the command line to the closing summary. Start reading here.
+
+Torch and Lightning take seconds to import, so each step imports what it needs itself: `--help` and a wrong flag are
+answered before that.
+"""
+
+import math
+import signal
+import sys
+from argparse import Namespace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from errors import Interrupted, UserError
+from flags import flags_of_run, get_args
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from datasets import Data
+    from networks import Classifier
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says. Exit status: 0 done, 1 error, 2 wrong flag, 130 Ctrl-C, 143 SIGTERM."""
+    args = get_args(argv)
+    Interrupted.on(signal.SIGINT, signal.SIGTERM)
+    try:
+        if args.list_layers:
+            list_layers(args)
+        elif args.measure:
+            measure(args)
+        else:
+            train(args)
+    except (UserError, Interrupted) as ending:
+        print(f"main.py: {ending}", file=sys.stderr)
+        return ending.status
+    return 0
+
+
+def train(args: Namespace) -> None:
+    """Train a network with the measures around it, and leave everything in the run's folder."""
+    import utils
+    from console import Console, banner, closing
+    from lr_range_test import lr_range_test
+    from run_folder import RunFolder, RunRecord
+
+    flags = flags_of_run(args)
+    data = load_data(args)
+    module = new_classifier(flags, data)
+    layers = utils.layers_to_measure(args, module.network.layers)
+    about = facts(new_trainer(args), module, data, layers)  # what the machine lacks is said while there is no folder
+
+    console = Console(quiet=args.quiet)
+    with RunFolder.of(args) as folder:
+        console.say(banner(args, about, folder.path))
+        if args.lr_range_test and not folder.checkpoint:
+            flags["learning_rate"] = lr_range_test(module, data, folder.path, partial(new_trainer, args))
+            console.say(f"the range test chose the learning rate {flags['learning_rate']:g}")
+            module = new_classifier(flags, data)  # the test has spent the other one
+        if args.lr_range_test == "only":
+            return
+        folder.write_hparams(flags, about)
+        record = RunRecord(folder, save_every=args.save_every)
+        callbacks = [*utils.measures(args, layers, folder, console), console, record]
+        trainer = new_trainer(args, callbacks=callbacks, num_sanity_val_steps=0 if folder.checkpoint else -1)
+        trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
+        print(closing(record.table.rows(), layers, folder.path))
+
+
+def measure(args: Namespace) -> None:
+    """Measure a saved network and leave the results in a folder of their own."""
+    import utils
+    from console import Console, banner, closing
+    from networks import Classifier
+    from run_folder import RunFolder, RunRecord, read_checkpoint
+
+    content = read_checkpoint(args.measure)
+    data = load_data(args)
+    module = Classifier.from_checkpoint(content, args.measure, data.dataset.shape, data.dataset.num_classes)
+    layers = utils.layers_to_measure(args, module.network.layers)
+    about = facts(new_trainer(args), module, data, layers) | {"measured": args.measure}
+
+    console = Console(quiet=args.quiet)
+    with RunFolder.of(args) as folder:
+        console.say(banner(args, about, folder.path))
+        folder.write_hparams(flags_of_run(args), about)
+        measures, record = utils.measures(args, layers, folder, console), RunRecord(folder)
+        trainer = new_trainer(args, callbacks=[*measures, record])
+        trainer.validate(module, datamodule=data, verbose=False)
+        module.to(trainer.strategy.root_device)
+        for measure in measures:
+            measure.measure_now(trainer, module, epoch=content["epoch"] + 1)
+        record.write_row(trainer, module, epoch=content["epoch"] + 1)
+        print(closing(record.table.rows(), layers, folder.path))
+
+
+def list_layers(args: Namespace) -> None:
+    """Print name, shape and dimension of every layer that can be measured."""
+    from console import layer_table
+    from networks import dimensions
+
+    data = load_data(args)
+    module = new_classifier(flags_of_run(args), data)
+    print(layer_table(dimensions(module.network, data.dataset.shape)))
+
+
+def load_data(args: Namespace) -> "Data":
+    """The dataset as Lightning's Trainer wants it."""
+    import datasets
+
+    dataset = datasets.load(args.dataset, args.data_dir, args.limit)
+    return datasets.Data(
+        dataset, args.batch_size, augment=args.augment, alternate_flip=args.alternate_flip, seed=args.seed
+    )
+
+
+def new_classifier(flags: dict[str, Any], data: "Data") -> "Classifier":
+    """An untrained network. Flags and data alone decide its weights."""
+    from networks import Classifier
+
+    module = Classifier.from_flags(flags, data.dataset.shape, data.dataset.num_classes)
+    if flags["model"] == "CIFARNet":
+        module.network.whiten(data.first_images())
+    return module
+
+
+def new_trainer(args: Namespace, **options: Any) -> "Trainer":
+    """Lightning's Trainer, without the logs, bars, checkpoints and samplers for which we bring our own."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Trainer
+
+    from console import silence_libraries
+    from run_folder import WholeCheckpoints
+
+    silence_libraries()
+    options = {
+        "accelerator": args.accelerator,
+        "devices": args.devices,
+        "num_nodes": args.num_nodes,
+        "strategy": args.strategy,
+        "precision": args.precision,
+        "deterministic": args.deterministic,
+        "max_epochs": args.epochs,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "plugins": [WholeCheckpoints()],
+    } | options
+    try:
+        return Trainer(**options)
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        flags = "--accelerator, --devices, --num-nodes, --strategy, --precision"
+        raise UserError(f"one of {flags} does not fit this machine: {' '.join(str(error).split())}") from None
+
+
+def facts(trainer: "Trainer", module: "Classifier", data: "Data", layers: list[str]) -> dict[str, Any]:
+    """What a reader of the results needs beside the flags."""
+    from console import device_name
+    from networks import dimensions
+
+    shapes = dimensions(module.network, data.dataset.shape)
+    return {
+        "device": device_name(trainer),
+        "parameters": sum(parameter.numel() for parameter in module.network.parameters()),
+        "num_classes": data.dataset.num_classes,
+        "train_samples": len(data.dataset.train.labels),
+        "test_samples": len(data.dataset.test.labels),
+        "layers": layers,
+        "dimensions": {layer: math.prod(shapes[layer]) for layer in layers},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

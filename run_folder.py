@@ -1,0 +1,254 @@
+"""The folder a run leaves behind: made so that no two runs share it, filled so that a kill at any moment spares it.
+
+Every file is written beside its place and renamed into it: a reader finds the old file or the new one, whole.
+After each epoch the row of `metrics.csv` comes first and the checkpoint second, so a checkpoint's epoch is always
+in the table; a resumed run drops what is newer than its checkpoint and computes it again.
+"""
+
+import fcntl
+import io
+import os
+import pickle
+import platform
+import subprocess
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torchvision
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from errors import UserError
+
+FIRST_COLUMNS = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc", "lr")
+
+
+class RunFolder:
+    """A run's folder, this process's alone while the `with` block lasts.
+
+    `checkpoint` is the file to go on from and `epoch` its epoch; both None for a new run.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoint: Path | None = None
+        self.epoch: int | None = None
+
+    @classmethod
+    def new(cls, log_dir: str | Path, name: str | None = None) -> "RunFolder":
+        """An empty folder: `name`, or the next free `version_X`. Whoever makes it first has it."""
+        log_dir = Path(log_dir)
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            if name is None:
+                return cls(_next_version(log_dir))
+            (log_dir / name).mkdir()
+        except FileExistsError:
+            raise UserError(f"--name: {log_dir / name} exists already: choose another name, or --resume it") from None
+        except OSError as error:
+            raise UserError(f"--log-dir: cannot make a run's folder in {log_dir}: {error.strerror}") from None
+        return cls(log_dir / name)
+
+    @classmethod
+    def of(cls, args: Namespace) -> "RunFolder":
+        """The folder that the flags mean: a new one, or the one to go on with."""
+        return cls.resumed(args.resume) if args.resume else cls.new(args.log_dir, args.name)
+
+    @classmethod
+    def resumed(cls, path: str | Path) -> "RunFolder":
+        """The folder of a run that ended early. Without a checkpoint yet it starts anew, in the same place."""
+        folder = cls(Path(path))
+        last = folder.path / "checkpoints" / "last.ckpt"
+        if last.exists():
+            folder.checkpoint, folder.epoch = last, read_checkpoint(last)["epoch"] + 1
+        return folder
+
+    def __enter__(self) -> "RunFolder":
+        self._lock = open(self.path / ".lock", "w")  # a killed process loses its lock, so none is ever stale
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"--resume: the run in {self.path} is still going on: stop it first") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def table(self, name: str, first_columns: Iterable[str]) -> "EpochTable":
+        """A CSV file of this run; of a resumed one, up to its checkpoint's epoch."""
+        return EpochTable(self.path / name, first_columns, keep_to=self.epoch)
+
+    def write_hparams(self, flags: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """`hparams.yaml`: the flags, and under `provenance` what is no flag."""
+        content = {**flags, "provenance": provenance() | dict(facts)}
+        write_whole(self.path / "hparams.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _next_version(log_dir: Path) -> Path:
+    taken = [path.name.removeprefix("version_") for path in log_dir.glob("version_*")]
+    version = max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
+    while True:
+        folder = log_dir / f"version_{version}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another run was faster
+            version += 1
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, read as data: one that holds code is refused and nothing of it runs."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is no checkpoint of this program: it holds more than numbers and names") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is no checkpoint, or not a whole one: {' '.join(str(error).split())[:150]}") from None
+    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters", "epoch"} <= set(content):
+        raise UserError(f"{path} is no checkpoint of this program: it has no state_dict, hyper_parameters and epoch")
+    return content
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file's content so that at any moment the old or the new one is there, whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def provenance() -> dict[str, Any]:
+    """With what a run is made: versions, commit, time."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "lightning": lightning.__version__,
+        "git_commit": _git_commit(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with a `+` where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout: an image, an archive
+        return None
+    return commit + ("+" if changed.stdout.strip() else "")
+
+
+class EpochTable:
+    """A CSV file with one or more lines per epoch that is always whole, and from which newer epochs can be dropped.
+
+    The first column is the epoch. Columns stand in the order in which they first came, after `first_columns`.
+    """
+
+    def __init__(self, path: Path, first_columns: Iterable[str], *, keep_to: int | None = None):
+        self.path = path
+        self.columns = list(first_columns)
+        self._lines: list[str] = []
+        if keep_to is not None and path.exists():
+            self._read(keep_to)
+
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows and write the file."""
+        new = list(dict.fromkeys(name for row in rows for name in row if name not in self.columns))
+        if new:
+            self.columns += new
+            self._lines = [line + "," * len(new) for line in self._lines]
+        self._lines += [",".join(str(row.get(name, "")) for name in self.columns) for row in rows]
+        write_whole(self.path, "\n".join([",".join(self.columns), *self._lines, ""]))
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows, as text by column; empty cells left out."""
+        cells = (zip(self.columns, line.split(","), strict=True) for line in self._lines)
+        return [{name: value for name, value in row if value} for row in cells]
+
+    def _read(self, keep_to: int) -> None:
+        header, *lines = self.path.read_text(encoding="utf-8").splitlines()
+        self.columns = header.split(",")
+        self._lines = [line for line in lines if int(line.partition(",")[0]) <= keep_to]
+
+
+def save_whole(path: Path, content: Any) -> None:
+    """`torch.save` into a file that is there whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints, renamed into place: its own go through a temporary folder on another disk, perhaps."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        save_whole(Path(path), checkpoint)
+
+
+class RunRecord(Checkpoint):
+    """Writes, after all measures of an epoch, its row in `metrics.csv`, then `last.ckpt`, and `best.ckpt` if it is.
+
+    A row holds what the module and the callbacks left in their `values`. Best is the highest `test_acc`, the first
+    of equals. Lightning runs a `Checkpoint` after all other callbacks; this one relies on it.
+    """
+
+    def __init__(self, folder: RunFolder, *, save_every: int | None = None):
+        self.folder = folder
+        self.save_every = save_every
+        self.table = folder.table("metrics.csv", FIRST_COLUMNS)
+        self.best = float("-inf")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            self.write_row(trainer, pl_module, 0)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        self.write_row(trainer, pl_module, epoch, time.perf_counter() - self._start)
+        names = ["last.ckpt"]
+        if pl_module.values.get("test_acc", 0.0) > self.best:
+            self.best = pl_module.values["test_acc"]
+            names.append("best.ckpt")
+        if self.save_every and epoch % self.save_every == 0:
+            names.append(f"epoch{epoch:04d}.ckpt")
+        for name in reversed(names):  # last.ckpt at the end: what a resumed run relies on is then all there
+            trainer.save_checkpoint(self.folder.path / "checkpoints" / name)
+
+    def write_row(self, trainer: Trainer, pl_module: LightningModule, epoch: int, seconds: float = 0.0) -> None:
+        row = {"epoch": epoch}
+        for source in (pl_module, *trainer.callbacks):
+            row |= getattr(source, "values", {})
+        times = {name: row.pop(name) for name in list(row) if name.startswith("time/")}
+        if epoch > 0:
+            row["time/epoch"] = seconds - sum(times.values())  # what training and testing took, without measures
+        if trainer.is_global_zero:
+            self.table.add(row | times)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
