@@ -116,14 +116,14 @@ def layer_table(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return table(["layer", "shape", "dimension"], rows)
 
 
-def closing(rows: Sequence[Mapping[str, str]], layers: Sequence[str], folder: Path) -> str:
-    """Where things are and what came out: accuracies, and per layer each measure, first epoch and last."""
+def closing(rows: Sequence[Mapping[str, str]], layers: Sequence[str]) -> str:
+    """What came out: accuracies, and per layer each measure, first epoch and last."""
     measured = [row for row in rows if any("/" in name and not name.startswith("time/") for name in row)]
     parts = [_accuracies(rows)]
     if measured:
         parts += [measure_table(measured[0], measured[-1], layers)]
         parts += [_equiseparation(measured[-1])]
-    return "\n\n".join(part for part in parts if part) + f"\n\nresults in {folder}"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def measure_table(first: Mapping[str, str], last: Mapping[str, str], layers: Sequence[str]) -> str:

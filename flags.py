@@ -141,10 +141,11 @@ PRESETS = {
 }
 
 # Flags of a single call: they say what to do, not what the run is.
-OF_ONE_CALL = ("config", "resume", "measure", "list_layers")
+OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
-                  "num_nodes", "plots", "quiet", "strategy")  # fmt: skip
+                  "num_nodes", "plots", "strategy")  # fmt: skip
+OF_SEVERAL = ("widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")  # take more than one value
 MLP_FLAGS = {"widths": "-w/--widths", "nonlinearity": "-nl/--nonlinearity", "batch_norm": "--batch-norm"}
 
 
@@ -429,10 +430,10 @@ def _as_argv(parser: _Parser, name: str, value: object) -> list[str]:
     if isinstance(DEFAULTS[name], bool):
         if not isinstance(value, bool):
             parser.error(f"argument {flag}: {value!r} is neither true nor false")
-        if name == "quiet":
-            return [flag] if value else []
         return [flag if value else "--no-" + flag.removeprefix("--")]
     items = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and name not in OF_SEVERAL:
+        parser.error(f"argument {flag}: {value!r} is a list, allowed is one value")
     if isinstance(value, dict | bool) or any(isinstance(item, dict | list | bool | None) for item in items):
         parser.error(f"argument {flag}: {value!r} is no value for it")
     if isinstance(value, list):

@@ -64,8 +64,9 @@ def train(args: Namespace) -> None:
         record = RunRecord(folder, save_every=args.save_every)
         callbacks = [*utils.measures(args, layers, folder, console), console, record]
         trainer = new_trainer(args, callbacks=callbacks, num_sanity_val_steps=0 if folder.checkpoint else -1)
-        trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint, weights_only=True)
-        print(closing(record.table.rows(), layers, folder.path))
+        trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint)
+        console.say(closing(record.table.rows(), layers))
+        print(f"results in {folder.path}")
 
 
 def measure(args: Namespace) -> None:
@@ -92,7 +93,8 @@ def measure(args: Namespace) -> None:
         for measure in measures:
             measure.measure_now(trainer, module, epoch=content["epoch"] + 1)
         record.write_row(trainer, module, epoch=content["epoch"] + 1)
-        print(closing(record.table.rows(), layers, folder.path))
+        console.say(closing(record.table.rows(), layers))
+        print(f"results in {folder.path}")
 
 
 def list_layers(args: Namespace) -> None:
@@ -117,11 +119,17 @@ def load_data(args: Namespace) -> "Data":
 
 def new_classifier(flags: dict[str, Any], data: "Data") -> "Classifier":
     """An untrained network. Flags and data alone decide its weights."""
+    import torch
+
     from networks import Classifier
 
     module = Classifier.from_flags(flags, data.dataset.shape, data.dataset.num_classes)
     if flags["model"] == "CIFARNet":
         module.network.whiten(data.first_images())
+    if flags["channels_last"]:
+        module.network.to(memory_format=torch.channels_last)
+    if flags["compile"]:
+        module.network.compile()  # in place: names stay, and what measures call stays plain
     return module
 
 

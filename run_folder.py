@@ -46,13 +46,13 @@ class RunFolder:
     def new(cls, log_dir: str | Path, name: str | None = None) -> "RunFolder":
         """An empty folder: `name`, or the next free `version_X`. Whoever makes it first has it."""
         log_dir = Path(log_dir)
+        if name is not None and (log_dir / name).exists():
+            raise UserError(f"--name: {log_dir / name} exists already: choose another name, or --resume it")
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
             if name is None:
                 return cls(_next_version(log_dir))
             (log_dir / name).mkdir()
-        except FileExistsError:
-            raise UserError(f"--name: {log_dir / name} exists already: choose another name, or --resume it") from None
         except OSError as error:
             raise UserError(f"--log-dir: cannot make a run's folder in {log_dir}: {error.strerror}") from None
         return cls(log_dir / name)
@@ -88,9 +88,14 @@ class RunFolder:
         return EpochTable(self.path / name, first_columns, keep_to=self.epoch)
 
     def write_hparams(self, flags: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """`hparams.yaml`: the flags, and under `provenance` what is no flag."""
-        content = {**flags, "provenance": provenance() | dict(facts)}
-        write_whole(self.path / "hparams.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        """`hparams.yaml`: the flags, and under `provenance` what is no flag; a resumed run remembers when it was."""
+        path = self.path / "hparams.yaml"
+        about = provenance() | dict(facts)
+        if path.exists():
+            before = yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance") or {}
+            about["resumed"] = [*before.get("resumed", []), about["started"]]
+            about["started"] = before.get("started")
+        write_whole(path, yaml.safe_dump({**flags, "provenance": about}, sort_keys=False, allow_unicode=True))
 
 
 def _next_version(log_dir: Path) -> Path:
@@ -199,10 +204,13 @@ def save_whole(path: Path, content: Any) -> None:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, renamed into place: its own go through a temporary folder on another disk, perhaps."""
+    """Lightning's checkpoints, there whole or not at all (its own pass through another disk), read as data only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         save_whole(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        return read_checkpoint(path)
 
 
 class RunRecord(Checkpoint):

@@ -1,0 +1,201 @@
+"""The command line: what a flag means, where its value comes from, and how a wrong one is answered."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import datasets
+import flags
+import networks
+from flags import DEFAULTS, OF_ONE_CALL, PRESETS, epochs_to_measure, flags_of_run, get_args
+
+MAIN = Path(__file__).parent.parent / "main.py"
+
+
+def test_choices_are_the_names_that_the_modules_know():
+    assert set(networks.NETWORKS) == set(flags.MODELS)
+    assert set(datasets.DATASETS) == set(flags.DATASETS)
+    assert set(networks.NONLINEARITIES) == set(flags.NONLINEARITIES)
+
+
+def test_bare_command_trains_the_mlp_of_the_paper_on_szt():
+    args = get_args([])
+    assert (args.model, args.dataset, args.widths, args.nonlinearity) == ("MLP", "SZT", [10, 7, 5, 4, 3], "tanh")
+
+
+def test_every_flag_has_a_default_and_every_preset_value_is_a_flag():
+    assert set(vars(get_args([]))) == set(DEFAULTS)
+    for values in PRESETS.values():
+        assert set(values) <= set(DEFAULTS) - set(OF_ONE_CALL)
+
+
+def test_the_command_line_goes_before_the_config_before_the_preset(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: MNISTNet\ndataset: MNIST\nepochs: 7\nlearning_rate: 1e-3\n")
+    args = get_args(["-c", str(config), "-e", "8"])
+    assert args.epochs == 8  # command line
+    assert args.learning_rate == 1e-3  # config; YAML 1.1 reads 1e-3 as a word, which must not matter
+    assert args.betas == [0.7, 0.9]  # preset
+    assert args.weight_decay == DEFAULTS["weight_decay"]
+
+
+@pytest.mark.parametrize("argv", [[], ["-m", "ResNet", "-d", "CIFAR10", "--no-augment", "--layers", "layer?.0", "avgpool"]])
+def test_the_flags_of_a_run_are_a_config_that_repeats_it(argv, tmp_path):
+    args = get_args(argv)
+    config = tmp_path / "hparams.yaml"
+    config.write_text(yaml.safe_dump(flags_of_run(args) | {"provenance": {"python": "3.11"}}))
+    assert flags_of_run(get_args(["-c", str(config)])) == flags_of_run(args)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["-e", "4"], {0, 1, 2, 3, 4}),
+        (["-e", "7", "--measure-every", "3"], {0, 3, 6, 7}),
+        (["-e", "50", "--measure-at", "0", "10"], {0, 10}),
+        (["-e", "100", "--measure-at", "log:4"], {0, 1, 10, 100}),
+        (["-e", "1", "--measure-at", "log:9"], {0, 1}),
+        (["-m", "ResNet", "-d", "CIFAR10", "-e", "2", "--measure-every", "1"], {0, 1, 2}),  # not the preset's
+    ],
+)
+def test_epochs_to_measure(argv, expected):
+    assert epochs_to_measure(get_args(argv)) == expected
+
+
+WRONG = [
+    ("-m Foo", "--model", "ResNet"),
+    ("-d nowhere", "--dataset", "CIFAR10"),
+    ("-m ResNet", "--model", "-m MLP"),
+    ("-m ResNet -d CIFAR10 -w 10", "--widths", "MLP"),
+    ("-m ResNet -d CIFAR10 -nl relu", "--nonlinearity", "MLP"),
+    ("-m MNISTNet -d MNIST --batch-norm", "--batch-norm", "MLP"),
+    ("--stem small", "--stem", "ResNet"),
+    ("-nl step", "--nonlinearity", "tanh"),
+    ("-w", "--widths", "at least one"),
+    ("-w 10 x", "--widths", "whole number"),
+    ("-w 0", "--widths", "at least 1"),
+    ("-e 0", "--epochs", "at least 1"),
+    ("-e 2.5", "--epochs", "whole number"),
+    ("-e", "--epochs", "expected one argument"),
+    ("-b 0", "--batch-size", "at least 1"),
+    ("-b many", "--batch-size", "whole number"),
+    ("-lr 0", "--learning-rate", "above 0"),
+    ("-lr nan", "--learning-rate", "above 0"),
+    ("-lr inf", "--learning-rate", "above 0"),
+    ("-lr fast", "--learning-rate", "number"),
+    ("--momentum 1", "--momentum", "below 1"),
+    ("--betas 0.9", "--betas", "2 arguments"),
+    ("--betas 0.9 1", "--betas", "below 1"),
+    ("--weight-decay -1", "--weight-decay", "at least 0"),
+    ("--label-smoothing 1", "--label-smoothing", "below 1"),
+    ("--warmup 1.5", "--warmup", "at most 1"),
+    ("--optimizer lbfgs", "--optimizer", "adamw"),
+    ("--schedule steps", "--schedule", "cosine"),
+    ("--seed -1", "--seed", "at least 0"),
+    ("--seed 4294967296", "--seed", "at most"),
+    ("--limit 0", "--limit", "at least 1"),
+    ("--devices 0", "--devices", "at least 1"),
+    ("--num-nodes none", "--num-nodes", "whole number"),
+    ("--accelerator abacus", "--accelerator", "gpu"),
+    ("--precision 8", "--precision", "bf16-mixed"),
+    ("--epoch 3", "--epoch", "unrecognized"),  # no abbreviations: they break when a flag is added
+    ("--lr-range-test maybe", "--lr-range-test", "only"),
+    ("--lr-range-test -lr 0.1", "--lr-range-test", "--learning-rate"),
+    ("--measure-every 0", "--measure-every", "at least 1"),
+    ("--measure-every 2 --measure-at 1", "--measure-at", "--measure-every"),
+    ("--measure-at log:1", "--measure-at", "log:N"),
+    ("--measure-at -1", "--measure-at", "log:N"),
+    ("--measure-at 5 -e 3", "--measure-at", "3"),
+    ("--measure-sets validation", "--measure-sets", "test"),
+    ("--cache-gb -1", "--cache-gb", "at least 0"),
+    ("--dib-epochs 0", "--dib-epochs", "at least 1"),
+    ("--dib-lr 0", "--dib-lr", "above 0"),
+    ("--dib-batch-size 1", "--dib-batch-size", "at least 2"),
+    ("--dib-optimizer muon", "--dib-optimizer", "adam"),
+    ("--dib-init zero", "--dib-init", "copy"),
+    ("--save-every 0", "--save-every", "at least 1"),
+    ("--name ../x", "--name", "folder"),
+    ("--resume nowhere", "--resume", "hparams.yaml"),
+    ("--resume last --log-dir nowhere", "--resume", "nowhere"),
+    ("-c nowhere.yaml", "--config", "nowhere.yaml"),
+    ("stray", "stray", "unrecognized"),
+]
+
+
+@pytest.mark.parametrize(("line", "names", "allows"), WRONG, ids=[case[0] for case in WRONG])
+def test_a_wrong_flag_ends_with_status_2_and_one_sentence(line, names, allows, capsys):
+    with pytest.raises(SystemExit) as end:
+        get_args(line.split())
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert names in told and allows in told and told.count("\n") == 1
+
+
+BAD_CONFIGS = [
+    ("epoch: 3", "'epoch'", "epochs"),  # misspelt
+    ("epochs: 2.7", "--epochs", "whole number"),
+    ("epochs: [3]", "--epochs", "one value"),
+    ("epochs: {}", "--epochs", "{}"),
+    ("epochs: true", "--epochs", "True"),
+    ("batch_norm: 1", "--batch-norm", "neither true nor false"),
+    ("model: Foo", "--model", "ResNet"),
+    ("- epochs", "run.yaml", "mapping"),
+    ("epochs", "run.yaml", "mapping"),
+    ("", "run.yaml", "mapping"),
+    ("a: [", "run.yaml", "YAML"),
+    ("epochs: !!python/object/apply:os.system ['touch hacked']", "run.yaml", "YAML"),
+    ("\x00", "run.yaml", "YAML"),
+    ("learning_rate: 1e-3e", "--learning-rate", "number"),
+    ("widths: [10, null]", "--widths", "None"),
+    ("1: 2", "1", "unknown key"),
+    ("resume: x", "'resume'", "unknown key"),
+]
+
+
+@pytest.mark.parametrize(("text", "names", "allows"), BAD_CONFIGS, ids=[repr(case[0]) for case in BAD_CONFIGS])
+def test_a_wrong_config_ends_with_status_2_and_names_the_file(text, names, allows, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        get_args(["-c", "run.yaml"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "run.yaml" in told and names in told and allows in told and told.count("\n") == 1
+    assert not Path("hacked").exists()
+
+
+def test_a_config_that_is_no_text_or_a_folder_is_named(tmp_path, capsys):
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    for path in (tmp_path / "bytes.yaml", tmp_path):
+        with pytest.raises(SystemExit) as end:
+            get_args(["-c", str(path)])
+        assert end.value.code == 2 and str(path) in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_of_the_chosen_model(capsys):
+    with pytest.raises(SystemExit) as end:
+        get_args(["-m", "ResNet", "-d", "CIFAR10", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert f"passes over the training set (default: {PRESETS['ResNet',]['epochs']})" in told
+    assert "None" not in told
+
+
+def test_a_wrong_flag_is_answered_before_anything_heavy_is_imported():
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-X", "importtime", MAIN, "--wrong"], capture_output=True, text=True)
+    assert done.returncode == 2 and time.perf_counter() - start < 30
+    assert "lightning" not in done.stderr and "| torch" not in done.stderr and "numpy" not in done.stderr
+
+
+@pytest.mark.parametrize("line", ["-e 3 -lr 0.5", "-m MNISTNet", "-w 3"])
+def test_a_resumed_run_keeps_what_makes_it_that_run(line, tmp_path, capsys):
+    (tmp_path / "hparams.yaml").write_text(yaml.safe_dump(flags_of_run(get_args([]))))
+    with pytest.raises(SystemExit) as end:
+        get_args(["--resume", str(tmp_path), *line.split()])
+    assert end.value.code == 2 and "resumed run keeps" in capsys.readouterr().err
+    assert get_args(["--resume", str(tmp_path), "-e", "500"]).epochs == 500

@@ -1,0 +1,140 @@
+"""A run's folder: nobody else's, always whole, and read as data only."""
+
+import multiprocessing
+import os
+import pickle
+import time
+
+import pytest
+import torch
+
+import run_folder
+from errors import UserError
+from run_folder import EpochTable, RunFolder, read_checkpoint, write_whole
+
+
+def test_new_folders_count_up_and_leave_gaps_alone(tmp_path):
+    (tmp_path / "version_4").mkdir()
+    (tmp_path / "version_x").mkdir()
+    assert [RunFolder.new(tmp_path).path.name for _ in range(2)] == ["version_5", "version_6"]
+
+
+def make_folders(log_dir, num, names):
+    names.put([RunFolder.new(log_dir).path.name for _ in range(num)])
+
+
+def test_folders_made_at_the_same_instant_differ(tmp_path):
+    context = multiprocessing.get_context("fork")
+    names = context.Queue()
+    workers = [context.Process(target=make_folders, args=(tmp_path, 20, names)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    made = sum((names.get(timeout=60) for _ in workers), [])
+    assert sorted(made) == sorted(f"version_{i}" for i in range(160))
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path):
+    RunFolder.new(tmp_path, "mine")
+    with pytest.raises(UserError, match="--name.*mine exists"):
+        RunFolder.new(tmp_path, "mine")
+
+
+def test_a_log_dir_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(UserError, match="logs"):
+        RunFolder.new(tmp_path / "logs")
+
+
+def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path):
+    with RunFolder(tmp_path), pytest.raises(UserError, match="still going on"), RunFolder(tmp_path):
+        pass
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_table_pads_new_columns_and_reads_back_what_it_wrote(tmp_path):
+    table = EpochTable(tmp_path / "t.csv", ("epoch", "loss"))
+    table.add({"epoch": 0})
+    table.add({"epoch": 1, "loss": 0.1, "nc1": float("nan")})
+    table.add({"epoch": 2, "loss": 1 / 3})
+    assert (tmp_path / "t.csv").read_text() == "epoch,loss,nc1\n0,,\n1,0.1,nan\n2,0.3333333333333333,\n"
+    assert table.rows()[1] == {"epoch": "1", "loss": "0.1", "nc1": "nan"}
+    assert EpochTable(tmp_path / "t.csv", ("epoch",), keep_to=1).rows() == table.rows()[:2]
+    assert EpochTable(tmp_path / "t.csv", ("epoch",)).rows() == []  # a new run does not read an old one's
+
+
+def test_a_resumed_table_ends_up_byte_for_byte_like_an_uninterrupted_one(tmp_path):
+    rows = [{"epoch": 0, "b": 1.5}, {"epoch": 1, "a": 0.1}, {"epoch": 2, "a": 0.2, "b": 2.5, "c": 3}]
+    whole = EpochTable(tmp_path / "whole.csv", ("epoch", "a"))
+    whole.add(*rows)
+    EpochTable(tmp_path / "cut.csv", ("epoch", "a")).add(*rows[:2], {"epoch": 2, "a": 9.9})
+    EpochTable(tmp_path / "cut.csv", ("epoch", "a"), keep_to=1).add(rows[2])
+    assert (tmp_path / "cut.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        write_whole(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def write_forever(path):
+    letters = 0
+    while True:
+        letters = (letters + 1) % 26
+        write_whole(path, chr(97 + letters) * 3_000_000)
+
+
+def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
+    path = tmp_path / "file"
+    for i in range(10):
+        path.unlink(missing_ok=True)
+        writer = multiprocessing.get_context("fork").Process(target=write_forever, args=(path,))
+        writer.start()
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(0.0037 * i)
+        writer.kill()
+        writer.join()
+        content = path.read_text()
+        assert len(content) == 3_000_000 and len(set(content)) == 1
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, (str(Hostile.target),)
+
+
+def test_a_checkpoint_that_holds_code_is_refused_and_nothing_of_it_runs(tmp_path):
+    Hostile.target = tmp_path / "hacked"
+    torch.save({"state_dict": Hostile(), "hyper_parameters": {}, "epoch": 0}, tmp_path / "evil.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Hostile()))
+    for name in ("evil.ckpt", "plain.ckpt"):
+        with pytest.raises(UserError, match=name):
+            read_checkpoint(tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            run_folder.WholeCheckpoints().load_checkpoint(tmp_path / name)
+    assert not Hostile.target.exists()
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": {}, "epoch": 0}, tmp_path / "good.ckpt")
+    whole = (tmp_path / "good.ckpt").read_bytes()
+    cases = {"empty": b"", "text": b"not a checkpoint", "half": whole[: len(whole) // 2], "zeros": bytes(1000)}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"epoch": 1}, tmp_path / "other")
+    for name in (*cases, "list", "other", "missing"):
+        with pytest.raises(UserError, match=name):
+            read_checkpoint(tmp_path / name)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        read_checkpoint(tmp_path)
+    assert read_checkpoint(tmp_path / "good.ckpt")["epoch"] == 0
