@@ -21,6 +21,10 @@ class Interrupted(BaseException):
     def __init__(self, number: int):
         super().__init__(f"ended by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
         self.status = 128 + number
+        self.advice = ""
+
+    def __str__(self) -> str:
+        return super().__str__() + self.advice
 
     @classmethod
     def on(cls, *numbers: int) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errors import Interrupted, UserError
@@ -56,16 +57,20 @@ def train(args: Namespace) -> None:
         console.say(banner(args, about, folder.path))
         if args.lr_range_test and not folder.checkpoint:
             flags["learning_rate"] = lr_range_test(module, data, folder.path, partial(new_trainer, args))
-            console.say(f"the range test chose the learning rate {flags['learning_rate']:g}")
             module = new_classifier(flags, data)  # the test has spent the other one
+        folder.write_hparams(flags, about)
+        if args.lr_range_test and not folder.checkpoint:
+            figure = draw(folder.path, "lr_range_test")
+            console.say(f"the range test chose the learning rate {flags['learning_rate']:g}, see {figure}")
         if args.lr_range_test == "only":
             return
-        folder.write_hparams(flags, about)
         record = RunRecord(folder, save_every=args.save_every)
         callbacks = [*utils.measures(args, layers, folder, console), console, record]
         trainer = new_trainer(args, callbacks=callbacks, num_sanity_val_steps=0 if folder.checkpoint else -1)
         trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint)
         console.say(closing(record.table.rows(), layers))
+        if args.plots:
+            console.say(f"summary in {draw(folder.path, 'summary')}")
         print(f"results in {folder.path}")
 
 
@@ -94,7 +99,16 @@ def measure(args: Namespace) -> None:
             measure.measure_now(trainer, module, epoch=content["epoch"] + 1)
         record.write_row(trainer, module, epoch=content["epoch"] + 1)
         console.say(closing(record.table.rows(), layers))
+        if args.plots:
+            console.say(f"summary in {draw(folder.path, 'summary')}")
         print(f"results in {folder.path}")
+
+
+def draw(folder: Path, figure: str) -> Path:
+    """Leave one of the figures of `plots.py` in a run's folder."""
+    import plots
+
+    return plots.write(getattr(plots, figure)(plots.load([folder])), folder / f"{figure}.png")
 
 
 def list_layers(args: Namespace) -> None:

@@ -26,7 +26,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from errors import UserError
+from errors import Interrupted, UserError
 
 FIRST_COLUMNS = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc", "lr")
 
@@ -80,8 +80,10 @@ class RunFolder:
             raise UserError(f"--resume: the run in {self.path} is still going on: stop it first") from None
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._lock.close()
+        if isinstance(error, Interrupted):
+            error.advice = f"; `python main.py --resume {self.path}` goes on"
 
     def table(self, name: str, first_columns: Iterable[str]) -> "EpochTable":
         """A CSV file of this run; of a resumed one, up to its checkpoint's epoch."""
