@@ -36,11 +36,11 @@ def rows_of(folder, *, with_times=False):
     return [{k: v for k, v in row.items() if with_times or not k.startswith("time/")} for row in rows]
 
 
-def start(*argv, **options):
+def start(*argv):
     """The program in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, MAIN, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options
+        [sys.executable, MAIN, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )  # fmt: skip
 
 

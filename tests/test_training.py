@@ -53,9 +53,8 @@ def test_logged_means_are_means_over_samples_not_over_batches():
 def test_training_loss_is_that_of_the_weights_before_each_step():
     dataset = toy_images(num_train=40)
     module, _, data = fitted("-m MLP -w 8 -e 1 -b 64 --no-augment", dataset)
-    fresh = Classifier.from_flags(
-        flags_of_run(get_args(["-d", "MNIST", "-m", "MLP", "-w", "8", "-e", "1", "-b", "64"])), (1, 28, 28), 3
-    )
+    flags = flags_of_run(get_args(["-d", "MNIST", "-m", "MLP", "-w", "8"]))
+    fresh = Classifier.from_flags(flags, (1, 28, 28), 3)
     x, y = data.in_order("train")[torch.arange(40)], dataset.train.labels
     assert module.values["train_loss"] == pytest.approx(F.cross_entropy(fresh(x), y).item(), rel=1e-5)
 
