@@ -7,9 +7,12 @@ the dataset, then among the defaults. What was found is what the run's `hparams.
 import argparse
 import difflib
 import math
+import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import slurm
 
 MODELS = ("MLP", "MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")
 DATASETS = ("SZT", "MNIST", "FashionMNIST", "CIFAR10")
@@ -80,7 +83,7 @@ DEFAULTS = {
     "cache_gb": None,
     "dib_layers": None,
     "dib_epochs": 10,
-    "dib_lr": 1e-2,
+    "dib_lr": 3e-2,
     "dib_batch_size": 512,
     "dib_optimizer": "adam",
     "dib_init": "reset",
@@ -93,11 +96,18 @@ PRESETS = {
     ("MLP", "SZT"): {
         "widths": [10, 7, 5, 4, 3],
         "nonlinearity": "tanh",
-        "epochs": 100,
+        "epochs": 200,
         "learning_rate": 1e-2,
         "warmup": 0.1,
     },
-    ("MNISTNet",): {"epochs": 3, "learning_rate": 1e-2, "betas": [0.7, 0.9], "warmup": 0.3, "augment": False},
+    ("MNISTNet",): {
+        "epochs": 3,
+        "learning_rate": 1e-2,
+        "betas": [0.7, 0.9],
+        "warmup": 0.3,
+        "augment": False,
+        "dib_epochs": 2,
+    },
     ("CIFARNet",): {
         "epochs": 10,
         "batch_size": 1024,
@@ -146,6 +156,7 @@ OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
                   "num_nodes", "plots", "strategy")  # fmt: skip
 OF_SEVERAL = ("widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")  # take more than one value
+MAX_EPOCHS = 10**6  # the epochs to measure are listed
 MLP_FLAGS = {"widths": "-w/--widths", "nonlinearity": "-nl/--nonlinearity", "batch_norm": "--batch-norm"}
 
 
@@ -163,7 +174,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "measure_every" in given and "measure_at" not in given:
         flags["measure_at"] = None  # the preset's epochs give way to the user's
     _refuse_bad_combinations(parser, given, flags)
-    return argparse.Namespace(**flags)
+    args = argparse.Namespace(**flags)
+    begun = None if args.resume or args.measure or args.list_layers else slurm.run_to_go_on_with(flags_of_run(args))
+    return get_args(["--resume", str(begun), *["--quiet"] * args.quiet]) if begun else args
 
 
 def preset(model: str, dataset: str) -> dict:
@@ -229,12 +242,21 @@ def _number(kind: type, low: float, high: float = math.inf, *, open_low: bool = 
     return convert
 
 
+def _text(text: str) -> str:
+    """Text that can name a file and stand in `hparams.yaml`."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise argparse.ArgumentTypeError(f"{text!r} holds what is no text in UTF-8")
+    return text
+
+
 def _epochs(text: str) -> str:
     """An epoch, or `log:N` for about N epochs at even steps of the logarithm."""
     number = text.removeprefix("log:")
     least = 2 if text.startswith("log:") else 0
-    if not (number.isascii() and number.isdigit() and least <= int(number) < 10**9):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither an epoch (0, 1, …) nor log:N with N of at least 2")
+    if not (number.isascii() and number.isdigit() and least <= int(number) <= MAX_EPOCHS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither an epoch (0, 1, …) nor log:N with N of at least 2, up to {MAX_EPOCHS}"
+        )
     return text
 
 
@@ -256,6 +278,7 @@ def _build_parser() -> _Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.register("type", None, _text)  # for flags without a type of their own
     for add_group in (_add_run, _add_data, _add_network, _add_optimisation, _add_measures):
         add_group(parser)
     return parser
@@ -308,7 +331,7 @@ def _add_network(parser: _Parser) -> None:
 def _add_optimisation(parser: _Parser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     fraction = _number(float, 0, 1)
-    add("-e", "--epochs", type=_number(int, 1), metavar="N", help="passes over the training set")
+    add("-e", "--epochs", type=_number(int, 1, MAX_EPOCHS), metavar="N", help="passes over the training set")
     add("-b", "--batch-size", type=_number(int, 1), metavar="N", help="samples a step, over all devices together")
     add("-lr", "--learning-rate", type=_number(float, 0, open_low=True), metavar="RATE", help="highest learning rate")
     add("--optimizer", choices=OPTIMIZERS, help="sgd is with Nesterov momentum")
@@ -360,14 +383,14 @@ def _stored_flags(parser: _Parser, given: dict) -> dict:
         parser.error("argument -c/--config: not allowed with --resume, which takes the run's own flags")
     if "resume" in given:
         given["resume"] = str(_run_to_resume(parser, given))
-        stored = _read_config(parser, Path(given["resume"]) / "hparams.yaml")
+        stored = _read_config(parser, Path(given["resume"]) / "hparams.yaml", "--resume")
         _refuse_changes(parser, stored, given)
         return stored
     if "config" in given:
-        return _read_config(parser, Path(given["config"]))
+        return _read_config(parser, Path(given["config"]), "-c/--config")
     if "measure" in given:
         neighbour = Path(given["measure"]).parent.parent / "hparams.yaml"
-        return _read_config(parser, neighbour) if neighbour.is_file() else {}
+        return _read_config(parser, neighbour, "--measure") if neighbour.is_file() else {}
     return {}
 
 
@@ -395,23 +418,25 @@ def _refuse_changes(parser: _Parser, stored: dict, given: dict) -> None:
         )
 
 
-def _read_config(parser: _Parser, path: Path) -> dict:
+def _read_config(parser: _Parser, path: Path, flag: str) -> dict:
     """The flags in a YAML mapping from flag names to values, checked as the command line is."""
     import yaml  # only where a file is read: the rest of the command line does without
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"argument -c/--config: cannot read {path}: {getattr(error, 'strerror', None) or error}")
+        parser.error(f"argument {flag}: cannot read {path}: {getattr(error, 'strerror', None) or error}")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        parser.error(f"argument -c/--config: {path} is not plain YAML: {' '.join(str(error).split())}")
+        parser.error(f"argument {flag}: {path} is not plain YAML: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
-        parser.error(f"argument -c/--config: {path} must hold a mapping from flag names to values")
+        parser.error(f"argument {flag}: {path} must hold a mapping from flag names to values")
     parser.source = f"{path}: "
     known = [name for name in DEFAULTS if name not in OF_ONE_CALL]
     argv: list[str] = []
     for name, value in content.items():
         if name == "provenance":
+            if not isinstance(value, dict):
+                parser.error("provenance is no mapping, as a run writes it")
             continue
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -433,9 +458,9 @@ def _as_argv(parser: _Parser, name: str, value: object) -> list[str]:
         return [flag if value else "--no-" + flag.removeprefix("--")]
     items = value if isinstance(value, list) else [value]
     if isinstance(value, list) and name not in OF_SEVERAL:
-        parser.error(f"argument {flag}: {value!r} is a list, allowed is one value")
+        parser.error(f"argument {flag}: {reprlib.repr(value)} is a list, allowed is one value")
     if isinstance(value, dict | bool) or any(isinstance(item, dict | list | bool | None) for item in items):
-        parser.error(f"argument {flag}: {value!r} is no value for it")
+        parser.error(f"argument {flag}: {reprlib.repr(value)} is no value for it")
     if isinstance(value, list):
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]

@@ -38,6 +38,7 @@ def measures(args: Namespace, layers: Sequence[str], folder: RunFolder, console:
             "layers": layers_matching(args.dib_layers, layers, "--dib-layers"),
             "table": folder.table("dib.csv", COLUMNS),
             "states": folder.path / "checkpoints" if args.dib_save else None,
+            "say": console.say,
         }
         chosen.append(DecodableInformation(dib_budget(args), **common | heads, sets=args.measure_sets))
     return chosen

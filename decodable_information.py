@@ -1,0 +1,288 @@
+"""Decodable information (DIB): how much of a sample's identity the decoder after a layer can still read from it.
+
+Within every class the samples are enumerated and the index is written in base C; each digit is a new label of the
+sample. For every layer, one fresh copy of the network's decoder per digit (a head) learns that label from the frozen
+layer's activations. What the heads learn beyond the digits' frequencies is the layer's minimality, in nats. How they
+are trained stands in `heads.py`.
+
+Letters: N samples, B batch, C classes, K digits (N_D in the paper), E head epochs, A heads that are trained together.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datasets import decodable_labels, digit_entropies
+from errors import UserError
+from heads import ENGINES, Budget, Family, Head, Samples, bundles, fastest, groups, own_copy, parts, train
+from measures import Measure, sum_over_ranks, untouched
+from run_folder import EpochTable, save_whole
+
+COLUMNS = ("epoch", "layer", "digit", "head_epoch", "cross_entropy")
+RARE = 1e-12  # frequency given to a value that a digit never takes: its logarithm must be finite
+
+
+@dataclass(frozen=True)
+class DIB:
+    """The heads' cross-entropies in nats, and what follows from them.
+
+    `curves[layer]` is float64 (E + 1, K): over the whole training set, after 0, 1, … E head epochs. A head
+    that diverged is nan there, and so is one left out by `heads`; `states` holds the weights, where they were
+    asked for.
+    """
+
+    digit_entropies: Tensor  # H(Y_k), float64 (K,)
+    curves: dict[str, Tensor]
+    states: dict[Head, dict[str, Tensor]]
+
+    @property
+    def loss(self) -> dict[str, float]:
+        """loss(l) = (1/K) Σ_k CE_k after the last head epoch."""
+        return {layer: curve[-1].mean().item() for layer, curve in self.curves.items()}
+
+    @property
+    def minimality(self) -> dict[str, float]:
+        """minimality(l) = (1/K) Σ_k (H(Y_k) − CE_k): 0 where nothing is read, low is minimal."""
+        entropy = self.digit_entropies.mean().item()
+        return {layer: entropy - loss for layer, loss in self.loss.items()}
+
+
+def decodable_information(
+    network: nn.Module,
+    inputs: Any,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    layers: Sequence[str] | None = None,
+    heads: Iterable[Head] | None = None,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    optimizer: str = "adam",
+    init: str = "reset",
+    seed: int = 0,
+    epoch: int = 0,
+    cache_bytes: int | None = None,
+    autocast: torch.dtype | None = None,
+    engine: str | None = None,
+    keep_states: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> DIB:
+    """What fresh decoders after each layer learn about each digit of the samples' indices in their classes.
+
+    For layer l the encoder E = blocks up to l is frozen (eval mode, no gradient). Head k is a reset copy of the
+    decoder D = blocks after l, trained on digit k; CE_k is its cross-entropy over all samples, in eval mode.
+
+        loss(l) = (1/K) Σ_k CE_k        minimality(l) = (1/K) Σ_k (H(Y_k) − CE_k)
+
+    with H(Y_k) the empirical entropy, all in nats. A reset head's last bias starts at log p(Y_k), so that a
+    layer that carries nothing reads 0; where the last map has no bias, log p(Y_k) is added to the logits for
+    good. The rate falls exponentially to 1/100. Minibatches depend on seed, epoch and head epoch alone, a
+    head's random numbers on seed, epoch, layer and digit alone: which other heads are trained changes no
+    number. Nothing outside is touched.
+
+    Args:
+        network: has `layers`, `feature_extractor(x)`, `get_encoder_decoder(layer)` and, if its modules' own
+            `reset_parameters()` are not how it starts, `reset(module)`.
+        inputs: gives the samples for a LongTensor of indices: a tensor, or `datasets.Batches`.
+        heads: the (layer, digit) pairs to train (default all), so that several processes can share them out.
+        init: "copy" starts from the network's own decoder as it is, last bias and statistics included.
+        epoch: the network's; every one draws its own heads and minibatches.
+        cache_bytes: for activations (default: a quarter of the free memory). Layers that do not fit are
+            computed again for every minibatch, all of them by one forward pass.
+        autocast: dtype for the heads' forward passes, else that of their weights (at least float32). The
+            encoder runs under the caller's autocast.
+        engine: a key of ENGINES for all heads instead of the fastest one for each; numbers agree to rounding.
+        keep_states: return the heads' weights as well, on the CPU.
+        progress: is told (steps done, steps in all) after every training step.
+    """
+    budget = Budget(epochs, learning_rate, batch_size, optimizer, init, seed, epoch)
+    layers = tuple(network.layers if layers is None else layers)
+    device = next(network.parameters()).device
+    digits = decodable_labels(labels.to(device), num_classes)  # (N, K)
+    num_digits = digits.shape[1]
+    if num_digits == 0:
+        raise UserError("No class has two samples, so DIB has no index to decode; take more samples.")
+    wanted = {(layer, k) for layer in layers for k in range(num_digits)} if heads is None else set(heads)
+    curves = {layer: torch.full((epochs + 1, num_digits), torch.nan, dtype=torch.float64) for layer in layers}
+    states: dict[Head, dict[str, Tensor]] = {}
+    with torch.inference_mode(False), untouched(network):
+        samples = Samples(network, inputs, digits.T.contiguous())
+        log_p = log_frequencies(digits, num_classes)
+        own = own_copy(network)
+        families = [Family(own, samples.pair, heads, log_p, budget) for heads in by_layer(layers, wanted)]
+        plan = bundles(groups(families, engine), samples, cache_bytes)
+        advance = counter(progress, len(plan) * epochs * len(parts(len(digits), batch_size)))
+        for bundle, keep in plan:
+            samples.keep([family.layer for group in bundle for family in group] if keep else [])
+            stacks = [ENGINES[engine or fastest(group)](group, autocast) for group in bundle]
+            losses = train(stacks, samples, budget, advance)  # (E + 1, A)
+            for i, (layer, digit) in enumerate(head for heads in stacks for head in heads.heads):
+                curves[layer][:, digit] = losses[:, i]
+            if keep_states:
+                states |= {head: state for heads in stacks for head, state in heads.states().items()}
+    warn_of_diverged(curves, wanted)
+    return DIB(digit_entropies(digits, num_classes).cpu(), curves, states)
+
+
+def sufficiency(cross_entropy: float, labels: Tensor, num_classes: int) -> float:
+    """H(Y) − CE in nats, CE being the network's own mean cross-entropy over the samples with these labels."""
+    return digit_entropies(labels[:, None], num_classes).item() - cross_entropy
+
+
+def by_layer(layers: Sequence[str], heads: set[Head]) -> list[list[Head]]:
+    """The heads of each layer that has any, in the order of layers and digits."""
+    together = [sorted(head for head in heads if head[0] == layer) for layer in layers]
+    return [heads for heads in together if heads]
+
+
+def log_frequencies(digits: Tensor, num_classes: int) -> Tensor:
+    """log p(Y_k = c), float64 (K, C), of digits (N, K); finite also for values that never occur."""
+    counts = torch.stack([digit.bincount(minlength=num_classes) for digit in digits.T])
+    return (counts.double() / len(digits)).clamp_min(RARE).log()
+
+
+def counter(progress: Callable[[int, int], None] | None, num_steps: int) -> Callable[[], None]:
+    """A function to call after every step."""
+    if progress is None:
+        return lambda: None
+    steps = iter(range(1, num_steps + 1))
+    return lambda: progress(next(steps), num_steps)
+
+
+def warn_of_diverged(curves: dict[str, Tensor], heads: Iterable[Head]) -> None:
+    """One warning that names the heads whose cross-entropy is not a number at the end."""
+    diverged = [f"{layer} digit {k}" for layer, k in sorted(heads) if curves[layer][-1, k].isnan()]
+    if diverged:
+        warnings.warn(f"DIB heads diverged and read nan: {', '.join(diverged)}. A lower rate may help.", stacklevel=3)
+
+
+class DecodableInformation(Measure):
+    """Logs `dib/loss/LAYER`, `dib/minimality/LAYER` and `dib/sufficiency/SET`; the heads learn the training set.
+
+    `budget` is what `decodable_information` needs to know of the heads. The cross-entropy of every head after every
+    head epoch becomes a line in `table`; their weights go into the folder `states`, if one is given. `say` is told
+    what a run will cost.
+    """
+
+    name = "dib"
+
+    def __init__(
+        self,
+        budget: Mapping[str, Any],
+        *,
+        table: EpochTable | None = None,
+        states: Path | None = None,
+        say: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.budget, self.table, self.states, self.say = dict(budget), table, states, say
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
+        """Train this epoch's heads."""
+        start = time.perf_counter()
+        dib = self._heads(trainer, pl_module, epoch)
+        if trainer.is_global_zero:
+            self._write(dib, epoch)
+            self._tell_cost(time.perf_counter() - start, epoch)
+        loss = {f"dib/loss/{layer}": value for layer, value in dib.loss.items()}
+        minimality = {f"dib/minimality/{layer}": value for layer, value in dib.minimality.items()}
+        return loss | minimality | self._sufficiency(trainer, pl_module)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say, before anything is trained, how much there will be to train."""
+        if self.say and stage == "fit":
+            layers = self.layers or pl_module.network.layers
+            digits = decodable_labels(trainer.datamodule.dataset.train.labels, pl_module.hparams.num_classes).shape[1]
+            times = "every epoch" if self.epochs is None else f"{len(self.epochs)} of {trainer.max_epochs + 1} epochs"
+            self.say(
+                f"DIB      {len(layers)} layers × {digits} heads × {self.budget['epochs']} head epochs at {times}; "
+                "cheaper with --dib-layers, --dib-epochs, --measure-at, --no-dib"
+            )
+
+    def _tell_cost(self, seconds: float, epoch: int) -> None:
+        """After the first measurement: how long the others will take."""
+        if self.say and self.epochs is not None:
+            left = sum(due > epoch for due in self.epochs)
+            self.say(
+                f"DIB      took {seconds:.3g} s at epoch {epoch}: about {seconds * left:.3g} s more for {left} epochs"
+            )
+        self.say = None
+
+    def _heads(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> DIB:
+        precision, hparams = trainer.precision_plugin, pl_module.hparams
+        batches = self.batches(trainer, "train")
+        with precision.forward_context():
+            return decodable_information(
+                pl_module.network,
+                Converted(batches, precision.convert_input),
+                batches.labels,
+                hparams.num_classes,
+                layers=self.layers,
+                seed=hparams.seed,
+                epoch=epoch,
+                cache_bytes=self.cache_bytes,
+                keep_states=self.states is not None,
+                progress=self._bar(),
+                **self.budget,
+            )
+
+    def _sufficiency(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        values, precision = {}, trainer.precision_plugin
+        for split in self.sets:
+            batches, total = self.batches(trainer, split), 0.0
+            for x, y in self.shown(batches, split):
+                with precision.forward_context():
+                    logits = pl_module.network(precision.convert_input(x))
+                total = total + F.cross_entropy(logits.double(), y, reduction="sum")
+            cross_entropy = float(sum_over_ranks(trainer)(total)) / len(batches.labels)
+            values[f"dib/sufficiency/{split}"] = sufficiency(
+                cross_entropy, batches.labels, pl_module.hparams.num_classes
+            )
+        return values
+
+    def _write(self, dib: DIB, epoch: int) -> None:
+        if self.table is not None:
+            lines = (
+                (epoch, layer, digit, head_epoch, value)
+                for layer, curve in dib.curves.items()
+                for digit, course in enumerate(curve.T.tolist())
+                for head_epoch, value in enumerate(course)
+            )
+            self.table.add(*(dict(zip(COLUMNS, line, strict=True)) for line in lines))
+        if self.states is not None:
+            heads = {f"{layer}/{digit}": state for (layer, digit), state in dib.states.items()}
+            save_whole(self.states / f"dib_epoch{epoch:04d}.ckpt", heads)
+
+    def _bar(self) -> Callable[[int, int], None] | None:
+        """Moves a progress bar by a step whenever it is called."""
+        if self.progress is None:
+            return None
+        bar: list[Iterator] = []
+
+        def move(done: int, total: int) -> None:
+            if done == 1:
+                bar.append(self.progress(range(total), self.name))
+                next(bar[0])
+            next(bar[0], None)
+
+        return move
+
+
+class Converted:
+    """Inputs in the number format of the network: `inputs[indices]`, converted."""
+
+    def __init__(self, inputs: Any, convert: Callable[[Tensor], Tensor]) -> None:
+        self.inputs, self.convert = inputs, convert
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return self.convert(self.inputs[indices])

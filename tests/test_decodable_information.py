@@ -1,0 +1,439 @@
+"""The pure function: what it reads where the answer is known, and that nothing but the heads' seeds decides it."""
+
+import math
+import random
+from copy import deepcopy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datasets import decodable_labels
+from decodable_information import decodable_information, sufficiency
+from errors import UserError
+from heads import ENGINES, SGD, Adam, Budget, parts
+from networks import MLP, CIFARNet, MNISTNet, Network
+
+# float64 has an eps of 2e-16, but a bias before batch norm has rounding for a gradient, which Adam divides by 1e-8.
+ROUNDING = {"rtol": 1e-7, "atol": 1e-8}
+
+
+class Chain(Network):
+    """A network of the given blocks, every one but the last two measured unless told otherwise."""
+
+    def __init__(self, *blocks: nn.Module, layers: tuple[str, ...] | None = None) -> None:
+        super().__init__()
+        for i, block in enumerate(blocks):
+            self.add_module(f"block{i}", block)
+        self.sequence = tuple(self._modules)
+        self.layers = layers or self.sequence[:-1]
+
+
+class Constant(nn.Module):
+    """A layer that carries nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """0.5 everywhere, as a saturated or dead layer gives."""
+        return torch.full_like(x, 0.5)
+
+
+class Look(nn.Module):
+    """A layer that passes on a part of its input."""
+
+    def __init__(self, columns: slice) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Some of the columns."""
+        return x[:, self.columns]
+
+
+def data(num_samples: int = 90, num_classes: int = 3, dimension: int = 6) -> tuple[Tensor, Tensor]:
+    """Inputs (N, d) in float64 and labels whose classes are of different sizes."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(num_classes, (num_samples,), generator=generator)
+    labels[: num_samples // 4] = 0
+    return torch.randn(num_samples, dimension, generator=generator, dtype=torch.float64), labels
+
+
+def convolutional() -> tuple[Network, Tensor, Tensor]:
+    """A small convolutional network with batch norm that has been used, and data for it."""
+    torch.manual_seed(0)
+    network = Chain(
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5), nn.GELU()),
+        nn.Linear(5, 3),
+    ).double()
+    x, labels = data(60, dimension=36)
+    x = x.view(60, 1, 6, 6)
+    network(x)
+    return network, x, labels
+
+
+def mlp(**options) -> MLP:
+    """A small network in float64."""
+    torch.manual_seed(0)
+    return MLP((6,), 3, **{"widths": (5, 4, 4), "nonlinearity": "tanh", **options}).double()
+
+
+BUDGET = {"epochs": 3, "learning_rate": 1e-2, "batch_size": 16}
+
+
+def assert_same_curves(a, b, **tolerance) -> None:
+    """Every head's curve equal, bit for bit unless told otherwise."""
+    assert a.curves.keys() == b.curves.keys()
+    for layer, curve in a.curves.items():
+        torch.testing.assert_close(curve, b.curves[layer], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# What it reads
+
+
+def test_untrained_heads_on_zeros_are_solved_by_hand():
+    # Four samples of class 0, two of class 1: digits 00, 01, 10, 11 and 00, 01. Heads that see zeros say the digit's
+    # frequencies, which are (4/6, 2/6) for the first and (1/2, 1/2) for the second.
+    network = Chain(nn.Linear(2, 2), nn.Linear(2, 2)).double()
+    nn.init.zeros_(network.block0.weight), nn.init.zeros_(network.block0.bias)
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    result = decodable_information(network, torch.ones(6, 2).double(), labels, 2, **BUDGET | {"epochs": 0})
+    expected = torch.tensor([math.log(3) - 2 / 3 * math.log(2), math.log(2)], dtype=torch.float64)
+    torch.testing.assert_close(result.digit_entropies, expected)
+    torch.testing.assert_close(result.curves["block0"][0], expected)
+    assert result.loss["block0"] == pytest.approx(expected.mean().item())
+    assert result.minimality["block0"] == pytest.approx(0, abs=1e-15)
+
+
+def test_a_layer_that_carries_nothing_reads_zero():
+    x, labels = data(400)
+    torch.manual_seed(0)
+    network = Chain(Constant(), nn.Sequential(nn.Linear(6, 5), nn.Tanh()), nn.Linear(5, 3)).double()
+    result = decodable_information(
+        network, x, labels, 3, layers=["block0"], epochs=60, learning_rate=1e-2, batch_size=50
+    )
+    # Nothing can be read, so CE >= H exactly. What is left above is the noise of minibatches on a bias b: the loss is
+    # quadratic there, and Adam, whose rate ends at 1e-4, leaves b within some 1e-2 of its optimum: 1e-4 nats.
+    assert -1e-4 < result.minimality["block0"] <= 1e-12
+    assert (result.curves["block0"][-1] >= result.digit_entropies - 1e-12).all()
+
+
+def test_a_layer_that_knows_the_class_alone_reads_its_mutual_information_with_the_digits():
+    _, labels = data(300)
+    digits = decodable_labels(labels, 3)
+    network = Chain(nn.Identity(), nn.Linear(3, 3)).double()
+    result = decodable_information(
+        network, F.one_hot(labels, 3).double(), labels, 3, epochs=200, learning_rate=0.3, batch_size=300
+    )
+    for k, digit in enumerate(digits.T):
+        joint = torch.zeros(3, 3, dtype=torch.float64)
+        joint.index_put_((labels, digit), torch.tensor(1 / 300, dtype=torch.float64), accumulate=True)
+        independent = joint.sum(0) * joint.sum(1, keepdim=True)
+        information = torch.special.xlogy(joint, joint / independent).nansum().item()  # I(Y_k; Y)
+        read = (result.digit_entropies[k] - result.curves["block0"][-1, k]).item()
+        # From below. A class that lacks a value of the digit has its optimum at infinity: with the 13 units that
+        # Adam can go in these steps (the sum of the rates), e^-13 N is what is left, and 1e-4 is far above it.
+        assert information - 1e-4 < read <= information + 1e-12
+        assert k > 0 or information > 0.1  # only the top digit depends much on the class's size
+
+
+def test_a_linear_decoder_approaches_the_convex_optimum_from_below():
+    x, labels = data(200)
+    network = Chain(nn.Identity(), nn.Linear(6, 3)).double()
+    budget = {"epochs": 200, "learning_rate": 3e-2, "batch_size": 200}
+    result = decodable_information(network, x, labels, 3, **budget)
+    for k, digit in enumerate(decodable_labels(labels, 3).T):
+        if len(digit.unique()) < 3:
+            continue  # without samples of a value the optimum is at infinity
+        best = least_cross_entropy(x, digit)
+        # Adam on full batches ends at a rate of 3e-4, well inside the quadratic neighbourhood of the optimum.
+        assert best - 1e-9 <= result.curves["block0"][-1, k] < best + 1e-4
+
+
+def least_cross_entropy(x: Tensor, digit: Tensor) -> float:
+    """The lowest mean cross-entropy of a linear classifier, by L-BFGS in float64."""
+    weight, bias = torch.zeros(3, 6, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    solver = torch.optim.LBFGS(
+        parameters, max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(x @ weight.T + bias, digit)
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return closure().item()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_heads_learn_what_a_loop_written_down_plainly_learns(engine):
+    network, x, labels = mlp(), *data()
+    budget = Budget(epochs=3, learning_rate=1e-2, batch_size=16, seed=3, epoch=2)
+    result, start = (
+        decodable_information(
+            network, x, labels, 3, **BUDGET | {"epochs": epochs}, seed=3, epoch=2, keep_states=True, engine=engine
+        )
+        for epochs in (3, 0)
+    )
+    h, digit = network.feature_extractor(x)["hidden2"].detach(), decodable_labels(labels, 3)[:, 1]
+    _, head = deepcopy(network).get_encoder_decoder("hidden2")
+    head.load_state_dict(start.states["hidden2", 1])
+    optimizer = torch.optim.Adam(head.parameters())
+    losses, step = [F.cross_entropy(head(h), digit).item()], 0
+    for head_epoch in range(3):
+        for rows in budget.order(head_epoch, 90).split(16):
+            optimizer.param_groups[0]["lr"] = 1e-2 * 0.01 ** (step / 18)
+            optimizer.zero_grad()
+            F.cross_entropy(head(h[rows]), digit[rows]).backward()
+            optimizer.step()
+            step += 1
+        losses.append(F.cross_entropy(head(h), digit).item())
+    torch.testing.assert_close(result.curves["hidden2"][:, 1].tolist(), losses, **ROUNDING)
+    for name, value in result.states["hidden2", 1].items():
+        torch.testing.assert_close(value, head.state_dict()[name], **ROUNDING)
+
+
+@pytest.mark.parametrize(("ours", "torchs"), [(Adam, torch.optim.Adam), (SGD, partial(torch.optim.SGD, momentum=0.9))])
+def test_the_optimizers_are_those_of_torch(ours, torchs):
+    torch.manual_seed(0)
+    values = torch.randn(20, dtype=torch.float64)
+    gradients, reference = torch.zeros_like(values), values.clone().requires_grad_()
+    optimizer, other = ours(values, gradients), torchs([reference], lr=1e-2)
+    for _ in range(10):
+        gradients.normal_()
+        reference.grad = gradients.clone()
+        optimizer.update(1e-2), other.step()
+    torch.testing.assert_close(values, reference.detach(), **ROUNDING)
+
+
+# Only seed, epoch, layer and digit decide
+
+
+NETWORKS = {
+    "tanh": lambda: (mlp(), *data()),
+    "batch norm": lambda: (mlp(batch_norm=True, nonlinearity="relu"), *data()),
+    "gelu": lambda: (mlp(nonlinearity="gelu"), *data()),
+    "convolutional": convolutional,
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_all_engines_give_the_same_numbers(kind, optimizer):
+    network, x, labels = NETWORKS[kind]()
+    run = partial(decodable_information, network, x, labels, 3, **BUDGET, optimizer=optimizer, keep_states=True)
+    loop, mapped, fastest = run(engine="loop"), run(engine="vmap"), run()
+    for other in (mapped, fastest):
+        assert_same_curves(loop, other, **ROUNDING)
+        for head, state in loop.states.items():
+            torch.testing.assert_close(state, other.states[head], **ROUNDING)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_head_gets_what_it_would_get_alone(kind):
+    network, x, labels = NETWORKS[kind]()
+    together = decodable_information(network, x, labels, 3, **BUDGET)
+    for layer, curve in together.curves.items():
+        for k in range(curve.shape[1]):
+            alone = decodable_information(network, x, labels, 3, **BUDGET, heads=[(layer, k)])
+            torch.testing.assert_close(alone.curves[layer][:, k], curve[:, k], **ROUNDING)
+            assert torch.stack(list(alone.curves.values())).isfinite().sum() == BUDGET["epochs"] + 1
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_leaving_out_layers_changes_no_number(kind):
+    network, x, labels = NETWORKS[kind]()
+    every = decodable_information(network, x, labels, 3, **BUDGET)
+    some = decodable_information(network, x, labels, 3, **BUDGET, layers=network.layers[1:])
+    assert tuple(some.curves) == network.layers[1:]
+    for layer, curve in some.curves.items():
+        torch.testing.assert_close(curve, every.curves[layer], **ROUNDING)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("cache_bytes", [0, 90 * 5 * 8, 90 * 16 * 8 * 8])
+def test_activations_that_are_computed_again_give_the_same_numbers(kind, cache_bytes):
+    network, x, labels = NETWORKS[kind]()
+    assert_same_curves(
+        decodable_information(network, x, labels, 3, **BUDGET, cache_bytes=cache_bytes),
+        decodable_information(network, x, labels, 3, **BUDGET),
+        **ROUNDING,
+    )
+
+
+def test_all_layers_share_a_forward_pass_whether_activations_are_kept_or_not():
+    network, x, labels = mlp(), *data()
+    seen = []
+    network.hidden1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    decodable_information(network, x, labels, 3, **BUDGET, cache_bytes=10**6)
+    kept, seen[:] = sum(seen), []
+    decodable_information(network, x, labels, 3, **BUDGET, cache_bytes=0)
+    assert kept == 2 + 90  # two samples to see the shapes with
+    assert sum(seen) == 2 + 90 * (3 + 4)  # three head epochs and four evaluations
+
+
+def test_the_same_seed_gives_the_same_numbers_and_every_epoch_its_own():
+    network, x, labels = mlp(), *data()
+    first, again, other_epoch, other_seed = (
+        decodable_information(network, x, labels, 3, **BUDGET, seed=seed, epoch=epoch)
+        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    assert_same_curves(first, again)
+    assert (first.curves["hidden1"] != other_epoch.curves["hidden1"]).all()
+    assert (first.curves["hidden1"] != other_seed.curves["hidden1"]).all()
+
+
+def test_dropout_is_drawn_per_head_and_step():
+    network = Chain(nn.Linear(6, 5), nn.Sequential(nn.Tanh(), nn.Dropout(0.3)), nn.Linear(5, 3)).double()
+    x, labels = data()
+    together = decodable_information(network, x, labels, 3, **BUDGET)
+    torch.manual_seed(7)
+    alone = decodable_information(network, x, labels, 3, **BUDGET, heads=[("block0", 1)])
+    assert (alone.curves["block0"][:, 1] == together.curves["block0"][:, 1]).all()
+    without = Chain(network.block0, network.block1[0], network.block2)
+    without = decodable_information(without, x, labels, 3, **BUDGET)
+    assert (without.curves["block0"][1:] != together.curves["block0"][1:]).all()
+
+
+def test_a_single_sample_left_over_joins_the_last_batch():
+    assert parts(33, 16) == [slice(0, 16), slice(16, 33)]
+    assert parts(34, 16)[-1] == slice(32, 34)
+    assert parts(1, 16) == [slice(0, 1)]
+    assert len(parts(3, 1)) == 3
+    x, labels = data(33)
+    curves = decodable_information(mlp(batch_norm=True), x, labels, 3, **BUDGET).curves
+    assert torch.stack(list(curves.values())).isfinite().all()
+
+
+# What it leaves alone
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_measuring_leaves_no_trace(engine):
+    network, x, labels = mlp(batch_norm=True), *data()
+    network(x).sum().backward()
+    network.hidden2.eval()
+    modes = [module.training for module in network.modules()]
+    before = deepcopy(network.state_dict())
+    gradients = [parameter.grad.clone() for parameter in network.parameters()]
+    inputs = x.clone()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    decodable_information(network, x, labels, 3, **BUDGET, engine=engine)
+    assert [module.training for module in network.modules()] == modes
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    assert torch.equal(x, inputs)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_a_decoder_that_writes_into_its_input_spoils_nothing():
+    x, labels = data()
+    torch.manual_seed(0)
+    blocks = nn.Linear(6, 5), nn.Linear(5, 3)
+    writing = Chain(blocks[0], nn.Sequential(nn.ReLU(inplace=True)), blocks[1], layers=("block0",)).double()
+    plain = Chain(blocks[0], nn.Sequential(nn.ReLU()), blocks[1], layers=("block0",))
+    for engine in ENGINES:
+        written, read = (
+            decodable_information(network, x, labels, 3, **BUDGET, engine=engine) for network in (writing, plain)
+        )
+        assert_same_curves(written, read)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_diverging_head_is_named_and_alone(engine, monkeypatch):
+    network, x, labels = mlp(), *data()
+    reset, calls = MLP.reset, []
+
+    def explode(self, module):
+        """A reset that gives the fifth head weights without bounds."""
+        reset(self, module)
+        calls.append(None)
+        if len(calls) == 5:
+            nn.init.constant_(module.output.weight, torch.inf)
+
+    healthy = decodable_information(network, x, labels, 3, **BUDGET, engine=engine)
+    monkeypatch.setattr(MLP, "reset", explode)
+    with pytest.warns(UserWarning, match="hidden2 digit 0") as record:
+        result = decodable_information(network, x, labels, 3, **BUDGET, engine=engine)
+    assert len(record) == 1
+    assert healthy.curves["hidden1"].shape[1] == 4
+    assert result.curves["hidden2"][:, 0].isnan().all()
+    result.curves["hidden2"][:, 0] = healthy.curves["hidden2"][:, 0]
+    assert_same_curves(result, healthy)
+
+
+# What it accepts
+
+
+def test_copied_heads_start_from_the_networks_own_decoder():
+    network, x, labels = mlp(), *data()
+    result = decodable_information(network, x, labels, 3, **BUDGET | {"epochs": 0}, init="copy", keep_states=True)
+    expected = F.cross_entropy(network(x), decodable_labels(labels, 3)[:, 2]).item()
+    for layer, curve in result.curves.items():
+        assert curve[0, 2].item() == pytest.approx(expected, rel=1e-12)
+        _, decoder = network.get_encoder_decoder(layer)
+        torch.testing.assert_close(result.states[layer, 0], decoder.state_dict(), rtol=0, atol=0)
+
+
+def test_heads_without_a_last_bias_start_at_the_digits_frequencies_too():
+    torch.manual_seed(0)
+    network = CIFARNet((3, 25, 25), 3)
+    nn.init.zeros_(network.group3.norm2.bias)
+    x, labels = torch.zeros(20, 3, 25, 25), data(20)[1]
+    result = decodable_information(network, x, labels, 3, **BUDGET | {"epochs": 0}, layers=["pool"])
+    # The activations are not zero, but the scale of 1/9 keeps the logits of one constant activation near the prior.
+    network.pool.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    result = decodable_information(network, x, labels, 3, **BUDGET | {"epochs": 0}, layers=["pool"])
+    torch.testing.assert_close(result.curves["pool"][0], result.digit_entropies, rtol=1e-6, atol=0)  # float32
+
+
+def test_flat_decoders_of_a_convolutional_network_share_products_with_the_layers_before():
+    torch.manual_seed(0)
+    network, labels = MNISTNet((1, 12, 12), 3), data(40)[1]
+    x = torch.randn(40, 1, 12, 12)
+    fastest, loop = (decodable_information(network, x, labels, 3, **BUDGET, engine=e) for e in (None, "loop"))
+    # float32: rounding of 6e-8 grows over nine steps of Adam, which divides small gradients by their size.
+    assert_same_curves(fastest, loop, rtol=1e-3, atol=1e-4)
+
+
+def test_activations_in_half_precision_are_trained_on_in_single_precision():
+    network, x, labels = mlp().float(), *data()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = decodable_information(network, x.float(), labels, 3, **BUDGET, keep_states=True)
+    assert {value.dtype for state in result.states.values() for value in state.values()} == {torch.float32}
+    full = decodable_information(network, x.float(), labels, 3, **BUDGET)
+    assert_same_curves(result, full, rtol=2e-2, atol=0)  # bfloat16 has 8 bits
+
+
+def test_user_errors_are_named():
+    network, x, labels = mlp(), *data()
+    with pytest.raises(UserError, match="no index to decode"):
+        decodable_information(network, x[:3], torch.tensor([0, 1, 2]), 3, **BUDGET)
+    with pytest.raises(UserError, match="adam, sgd"):
+        decodable_information(network, x, labels, 3, **BUDGET, optimizer="newton")
+    with pytest.raises(UserError, match="reset, copy"):
+        decodable_information(network, x, labels, 3, **BUDGET, init="keep")
+    with pytest.raises(UserError, match="4 outputs per sample"):
+        decodable_information(network, x, labels, 4, **BUDGET)
+
+
+def test_progress_counts_every_step():
+    network, x, labels = mlp(), *data()
+    told = []
+    decodable_information(network, x, labels, 3, **BUDGET, progress=lambda *counts: told.append(counts))
+    assert told == [(i, 18) for i in range(1, 19)]
+
+
+def test_sufficiency_is_what_the_network_reads_of_the_class():
+    labels = torch.tensor([0, 0, 0, 1])
+    entropy = -(3 / 4 * math.log(3 / 4) + 1 / 4 * math.log(1 / 4))
+    assert sufficiency(0.1, labels, 3) == pytest.approx(entropy - 0.1)
