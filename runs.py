@@ -1,0 +1,418 @@
+"""What runs left behind, as tables: a `Run` is one folder, a `Setting` runs that differ in their seed alone.
+
+Tables are pandas frames of E epochs × L layers, layers in network order. Whatever is damaged or missing in a
+folder is left out, and said in a sentence.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from errors import UserError
+
+if TYPE_CHECKING:  # pandas takes half a second to import, which is done once there is something to read
+    from pandas import DataFrame
+
+SPLITS = ("train", "test")
+LAYER_COLUMN = re.compile(r"(?:nc1/(?:train|test)|dib/(?:loss|minimality)|rank/\w+/(?:train|test))/(.+)")
+RUN_FILES = ("metrics.csv", "hparams.yaml", "lr_range_test.csv")
+HEAD_COLUMNS = ["epoch", "layer", "digit", "head_epoch", "cross_entropy"]
+MAX_SETTINGS = 7  # as many as there are colors that everyone can tell apart
+LARGEST = 1e100  # a value beyond counts as infinite: the axes of a figure would overflow
+# Flags that say where and how to compute, not what: runs that differ in them are still one setting.
+BOOKKEEPING = {
+    *("log_dir", "name", "seed", "resume", "resumed_from", "config", "provenance", "data_dir", "lr_range_test"),
+    *("accelerator", "devices", "num_nodes", "strategy", "compile", "cache_gb"),
+    *("keep_going", "save_every", "dib_save", "plots", "quiet"),
+}
+
+
+def load(
+    paths: str | Path | Sequence[str | Path] = (),
+    log_dir: str | Path = "lightning_logs",
+    say: Callable[[str], object] = print,
+) -> list[Run]:
+    """The runs in `paths`, run folders or folders of such; without paths the newest run in `log_dir`.
+
+    `say` is told, in sentences, which folders were skipped and what could not be read.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    found = [Run(folder) for path in paths for folder in _run_folders(Path(path))]
+    found = found if paths else _newest(_run_folders(Path(log_dir)))
+    runs = {run.folder.resolve(): run for run in found if not run.why_empty}
+    successors = {ancestor.resolve(): run for run in runs.values() for ancestor in run.ancestors}
+    for run in found:
+        successor = successors.get(run.folder.resolve())
+        if run.why_empty:
+            say(f"{run.folder} is skipped: {run.why_empty}.")
+        elif successor:
+            say(f"{run.folder} goes on in {successor.folder}: they are drawn as one run.")
+        else:
+            for note in run.notes:
+                say(note)
+    if not runs:
+        raise NoRuns(f"there is no run to draw in {', '.join(map(str, paths or [log_dir]))}")
+    return [run for folder, run in runs.items() if folder not in successors]
+
+
+class NoRuns(UserError):
+    """There is nothing to draw. A notebook shows the sentence alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """The folder itself if it is a run's, else those in it that are, or should be, by their name."""
+    if _is_run(path):
+        return [path]
+    try:
+        names = os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoRuns(f"{path} is not a folder: give the folder of a run, such as lightning_logs/version_0") from None
+    except OSError as error:
+        raise NoRuns(f"{path} cannot be read: {error.strerror}") from None
+    names = [name for name in names if _is_run(path / name) or name.startswith("version_")]
+    return [path / name for name in sorted(names, key=_natural)]
+
+
+def _is_run(folder: Path) -> bool:
+    # os.path.isfile, unlike Path.is_file, is False for names that no file can have
+    return any(os.path.isfile(folder / name) for name in RUN_FILES)
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts version_2 before version_10."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+
+
+def _newest(folders: Iterable[Path]) -> list[Run]:
+    """The newest run that is not empty, behind the empty ones that are newer still."""
+    runs = []
+    for folder in sorted(folders, key=_last_written, reverse=True):
+        runs.append(Run(folder))
+        if not runs[-1].why_empty:
+            break
+    return runs
+
+
+def _last_written(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in map(folder.joinpath, RUN_FILES) if path.exists()), default=0)
+
+
+class Run:
+    """What a run's folder tells, as far as it can be read; `notes` has a sentence for what cannot.
+
+    `metrics` is `metrics.csv` with a row per epoch (the index), `heads` is `dib.csv`, `lr_test` is
+    `lr_range_test.csv`; they are empty where there is no such file. A run that was resumed from another
+    folder begins with that folder's epochs.
+    """
+
+    def __init__(self, folder: str | Path, _descendants: tuple[Path, ...] = ()) -> None:
+        self.folder = Path(folder)
+        self.notes: list[str] = []
+        self.ancestors: tuple[Path, ...] = ()
+        self.hparams = self._read_hparams()
+        self.metrics = _by_epoch(self._read_csv("metrics.csv"))
+        heads = self._read_csv("dib.csv").reindex(columns=HEAD_COLUMNS)
+        self.heads = heads.dropna(subset=["epoch", "layer", "digit", "head_epoch"])
+        lr_test = self._read_csv("lr_range_test.csv").reindex(columns=["lr", "loss", "smoothed"])
+        self.lr_test = lr_test.dropna(subset=["lr"])
+        self._continue_parent((*_descendants, self.folder.resolve()))
+
+    def _read_hparams(self) -> dict:
+        import yaml
+
+        path = self.folder / "hparams.yaml"
+        try:
+            hparams = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            self.notes.append(f"{path} cannot be read ({error.strerror}): the run's flags are unknown.")
+            return {}
+        except (yaml.YAMLError, ValueError, RecursionError):
+            hparams = None
+        if not isinstance(hparams, dict):
+            self.notes.append(f"{path} is damaged: the run's flags are unknown.")
+            return {}
+        return hparams
+
+    def _read_csv(self, name: str) -> DataFrame:
+        """The undamaged lines of a file: those with an end, and with as many cells as the header."""
+        path = self.folder / name
+        try:
+            *lines, rest = path.read_bytes().replace(b"\r", b"").split(b"\n")
+        except FileNotFoundError:
+            return _parse_csv([])
+        except OSError as error:
+            self.notes.append(f"{path} cannot be read ({error.strerror}).")
+            return _parse_csv([])
+        whole = [line for line in lines if line.count(b",") == lines[0].count(b",")]
+        num_damaged = len(lines) - len(whole) + (rest != b"")  # without its end a line may stop within a number
+        if num_damaged:
+            self.notes.append(f"{path} has damaged lines, which are left out: {num_damaged}.")
+        return _parse_csv(whole)
+
+    def _continue_parent(self, known: tuple[Path, ...]) -> None:
+        """Puts the epochs of the run that this one resumed before its own; `known`: folders already read."""
+        folder = self._parent_folder(known)
+        if folder is None:
+            return
+        parent = Run(folder, known)
+        start = min(self.metrics.index, default=math.inf)  # what the parent did from here on was done anew
+        self.metrics = _concat([parent.metrics[parent.metrics.index < start], self.metrics])
+        self.heads = _concat([parent.heads[parent.heads["epoch"] < start], self.heads])
+        self.ancestors = (folder, *parent.ancestors)
+        self.notes += parent.notes
+
+    def _parent_folder(self, known: tuple[Path, ...]) -> Path | None:
+        """Where `resumed_from` (a run, or a checkpoint in it) says, or beside this run if both were moved."""
+        source = self.hparams.get("resumed_from")
+        if not isinstance(source, str):
+            return None
+        named = Path(source)
+        for folder in (named, *list(named.parents)[:2], *(self.folder.parent / part for part in named.parts)):
+            if _is_run(folder) and folder.resolve() not in known:
+                return folder
+        self.notes.append(f"{self.folder} lacks its first epochs: {source}, which it resumed, is not there.")
+        return None
+
+    @property
+    def why_empty(self) -> str:
+        """Why there is nothing to draw; an empty string if there is something."""
+        if len(self.metrics) or len(self.lr_test):
+            return ""
+        exists = (self.folder / "metrics.csv").exists()
+        return "its metrics.csv has no epoch" if exists else "it has no metrics.csv"
+
+    @property
+    def provenance(self) -> dict:
+        """What the run wrote down about its data and its network."""
+        provenance = self.hparams.get("provenance")
+        return provenance if isinstance(provenance, dict) else {}
+
+    @functools.cached_property
+    def layers(self) -> list[str]:
+        """The measured layers in network order."""
+        matches = filter(None, map(LAYER_COLUMN.fullmatch, self.metrics.columns))
+        measured = list(dict.fromkeys(match[1] for match in matches))
+        network = self.provenance.get("layers")
+        order = [layer for layer in network if layer in measured] if isinstance(network, list) else []
+        return list(dict.fromkeys([*order, *measured]))
+
+    @property
+    def measures(self) -> list[str]:
+        """Everything that was measured layer by layer: nc1/train, nc1/test, dib/loss, …"""
+        filled = self.metrics.columns[self.metrics.notna().any()]
+        parts = (column.rpartition("/") for column in filled)
+        return list(dict.fromkeys(measure for measure, _, layer in parts if measure and layer in self.layers))
+
+    def table(self, measure: str) -> DataFrame:
+        """Epochs × layers of a measure, epochs × splits of `loss` or `acc`, epochs × 1 of a single column."""
+        names = {measure: measure}
+        names |= {f"{split}_{measure}": split for split in SPLITS}
+        names |= {f"{measure}/{layer}": layer for layer in self.layers}
+        present = [column for column in names if column in self.metrics]
+        return self.metrics[present].rename(columns=names).dropna(how="all")
+
+    def chance_level(self, split: str) -> dict[str, float]:
+        """NC1 per layer when labels tell nothing, (N - C)(C - 1)/(d - C); nan where d <= C or unknown."""
+        N = number(self.provenance.get(f"{split}_samples"))
+        C = number(self.provenance.get("num_classes"))
+        dimensions = self.provenance.get("dimensions")
+        dimensions = dimensions if isinstance(dimensions, dict) else {}
+        d = {layer: number(dimensions.get(layer)) for layer in self.layers}
+        return {layer: (N - C) * (C - 1) / (d[layer] - C) if d[layer] > C else math.nan for layer in d}
+
+    @property
+    def head_epochs(self) -> list[int]:
+        """The epochs whose DIB heads left their losses."""
+        return sorted(map(int, self.heads["epoch"].unique()))
+
+    def head_losses(self, epoch: int) -> DataFrame:
+        """Cross-entropy of the DIB heads after each of H head epochs, mean over the digits: (H, L)."""
+        heads = self.heads[self.heads["epoch"] == epoch]
+        losses = heads.groupby(["head_epoch", "layer", "digit"])["cross_entropy"].last().unstack("digit")
+        # Where one head diverged, a mean of the others would look like an improvement: skipna=False.
+        losses = losses.mean(axis=1, skipna=False).unstack("layer")
+        return losses[[layer for layer in self.layers if layer in losses]]
+
+
+def _parse_csv(lines: Sequence[bytes]) -> DataFrame:
+    """Lines as floats, save in the column `layer`; cells that hold no finite number are nan."""
+    import pandas as pd
+
+    options = {"index_col": False, "quoting": csv.QUOTE_NONE, "low_memory": False, "encoding_errors": "replace"}
+    try:
+        table = pd.read_csv(io.BytesIO(b"\n".join(lines)), **options)
+    except ValueError:  # not even a header
+        return pd.DataFrame()
+    for name in table.columns.difference(["layer"]):
+        numbers = pd.to_numeric(table[name], errors="coerce").astype(float)
+        table[name] = numbers.where(numbers.abs() < LARGEST)
+    return table
+
+
+def _by_epoch(rows: DataFrame) -> DataFrame:
+    """One row per epoch, of every column the last value; rows without an epoch are left out."""
+    if "epoch" not in rows:
+        return rows.iloc[:0, :0]
+    rows = rows[(rows["epoch"] >= 0) & (rows["epoch"] % 1 == 0)]
+    return rows.astype({"epoch": int}).groupby("epoch").last()
+
+
+def _concat(tables: Sequence[DataFrame]) -> DataFrame:
+    """The rows of all tables that have any."""
+    import pandas as pd
+
+    return pd.concat([table for table in tables if not table.empty] or tables[:1])
+
+
+def number(value: object) -> float:
+    """A number from a file, nan if it is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+class Band(NamedTuple):
+    """The tables of several runs, summed up."""
+
+    mean: DataFrame
+    low: DataFrame
+    high: DataFrame
+
+    @classmethod
+    def over(cls, tables: Sequence[DataFrame], log: bool = False) -> Band:
+        """Mean (`log`: geometric, of what is positive), lowest and highest of all that stands in a place."""
+        stacked = _concat(tables)
+        rows = (np.log(stacked.where(stacked > 0)) if log else stacked).groupby(level=0)
+        mean, low, high = rows.mean(), rows.min(), rows.max()
+        return cls(*map(np.exp, (mean, low, high))) if log else cls(mean, low, high)
+
+    def over_depth(self, layers: Sequence[str]) -> Band:
+        """The same with depths 1, 2, …, L as rows and epochs as columns."""
+        return Band(*(table.T.reindex(layers).set_axis(range(1, len(layers) + 1)) for table in self))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in nothing but the seed, and what a figure calls them."""
+
+    runs: tuple[Run, ...]
+    label: str
+
+    @property
+    def title(self) -> str:
+        """The label with the number of runs, and how many of them are as long as the longest."""
+        if len(self.runs) == 1:
+            return self.label
+        last = [max(run.metrics.index, default=-1) for run in self.runs]
+        cut_short = f", {last.count(max(last))} to epoch {max(last)}" if min(last) < max(last) else ""
+        return f"{self.label} ({len(self.runs)} runs{cut_short})"
+
+    @functools.cached_property
+    def layers(self) -> list[str]:
+        return list(dict.fromkeys(layer for run in self.runs for layer in run.layers))
+
+    @property
+    def measures(self) -> list[str]:
+        return list(dict.fromkeys(measure for run in self.runs for measure in run.measures))
+
+    @property
+    def measured_epochs(self) -> list[int]:
+        """The epochs after which any run measured anything."""
+        tables = [run.table(measure) for run in self.runs for measure in run.measures]
+        return sorted({epoch for table in tables for epoch in table.index})
+
+    @property
+    def head_epochs(self) -> list[int]:
+        return sorted({epoch for run in self.runs for epoch in run.head_epochs})
+
+    def has(self, *measures: str) -> bool:
+        """Whether each of the measures was made in some run."""
+        return all(any(not run.table(measure).empty for run in self.runs) for measure in measures)
+
+    def band(self, measure: str, log: bool = False) -> Band:
+        return Band.over([run.table(measure) for run in self.runs], log)
+
+    def head_losses(self, epoch: int) -> Band:
+        return Band.over([run.head_losses(epoch) for run in self.runs])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The settings to draw side by side, of all that there are, and what they have in common."""
+
+    settings: tuple[Setting, ...]
+    num_settings: int
+    subject: str
+
+    def heading(self, what: str, sums_up: bool = True) -> str:
+        """What a figure shows, of which runs, and, if it sums them up, how."""
+        several = any(len(setting.runs) > 1 for setting in self.settings)
+        shown = len(self.settings)
+        alone = self.settings[0] if self.num_settings == 1 else None
+        parts = [
+            what,
+            alone.title if alone else self.subject,
+            alone.runs[0].folder.resolve().name if alone and not several else "",
+            "lines: mean over runs, bands: lowest to highest" if several and sums_up else "",
+            f"the first {shown} of {self.num_settings} settings" if shown < self.num_settings else "",
+        ]
+        return " · ".join(filter(None, parts))
+
+    def name(self, setting: Setting) -> str:
+        """What tells a setting from the others; nothing if there are no others."""
+        return setting.title if self.num_settings > 1 else ""
+
+
+def compare(runs: Run | Sequence[Run]) -> Comparison:
+    """Groups runs into settings and labels these by the flags in which they differ."""
+    runs = [runs] if isinstance(runs, Run) else runs
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(sorted(_flags(run).items())), []).append(run)
+    flags = [_flags(group[0]) for group in groups.values()]
+    names = dict.fromkeys(["model", "dataset", *(name for each in flags for name in each)])
+    differing = [name for name in names if len({each.get(name) for each in flags}) > 1]
+    common = [flags[0][name] for name in ("model", "dataset") if name in flags[0] and name not in differing]
+    subject = " on ".join(common)
+    labels = _labels(flags, differing) if differing else [subject or str(runs[0].folder)]
+    settings = [Setting(tuple(group), label) for group, label in zip(groups.values(), labels, strict=True)]
+    return Comparison(tuple(settings[:MAX_SETTINGS]), len(settings), subject)
+
+
+def _flags(run: Run) -> dict[str, str]:
+    """Each flag of a run in words; a run whose flags are unknown equals no other."""
+    known = {str(flag): value for flag, value in run.hparams.items() if flag not in BOOKKEEPING}
+    if run.hparams.get("lr_range_test"):
+        known["learning_rate"] = "from range test"  # which chooses another one for every seed
+    return {flag: _in_words(flag, value) for flag, value in known.items()} or {"folder": str(run.folder)}
+
+
+def _in_words(flag: str, value: object) -> str:
+    """A flag as one says it: nonlinearity relu; batch-norm; no batch-norm; MLP."""
+    name = flag.replace("_", "-")
+    if value is None or isinstance(value, bool):
+        return name if value else f"no {name}"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if flag in ("model", "dataset") else f"{name} {text}"
+
+
+def _labels(flags: Sequence[dict[str, str]], differing: Sequence[str]) -> list[str]:
+    """A label per setting: the flags that differ, the first four unless it takes more to tell all apart."""
+    for num_shown in range(min(4, len(differing)), len(differing) + 1):
+        words = [[each.get(flag, f"{flag} unknown") for flag in differing[:num_shown]] for each in flags]
+        if len({*map(tuple, words)}) == len(words):
+            break
+    hidden = [f"{len(differing) - num_shown} more"] if num_shown < len(differing) else []
+    return [", ".join(each + hidden) for each in words]
