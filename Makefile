@@ -1,4 +1,4 @@
-# make run ARGS="-m ResNet -d CIFAR10" · make test · make lint · make clean
+# make run ARGS="-m ResNet -d CIFAR10" · make test · make torture · make lint · make clean
 # Everything is installed into .venv, with the interpreter PYTHON.
 
 PYTHON ?= python3
@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test lint clean
+.PHONY: run test torture lint clean
 
 run: $(VENV)/core
 	$(BIN)/python main.py $(ARGS)
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(ARGS)
+
+torture: $(VENV)/test
+	$(BIN)/python -m pytest -s tests/torture.py $(ARGS)
+	FUZZ=3000 $(BIN)/python -m pytest --timeout 1800 tests/test_robustness.py -k any $(ARGS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -131,12 +131,15 @@ def measure_table(first: Mapping[str, str], last: Mapping[str, str], layers: Seq
     shown = {title: key for title, key in MEASURES.items() if any(key.format(layer) in last for layer in layers)}
     if not shown:
         return ""
-    header = [f"epoch {first['epoch']} → {last['epoch']}", *shown]
+    header = [f"epoch {_course(first, last, 'epoch')}", *shown]
+    cells = [[layer, *(_course(first, last, key.format(layer)) for key in shown.values())] for layer in layers]
+    return table(header, cells)
 
-    def course(name: str) -> str:
-        return f"{_short(first.get(name))} → {_short(last.get(name))}"
 
-    return table(header, [[layer, *(course(key.format(layer)) for key in shown.values())] for layer in layers])
+def _course(first: Mapping[str, str], last: Mapping[str, str], name: str) -> str:
+    """`first → last`, or the one value where there is one row."""
+    before, after = (_short(row.get(name)) for row in (first, last))
+    return after if first is last else f"{before} → {after}"
 
 
 def _accuracies(rows: Sequence[Mapping[str, str]]) -> str:

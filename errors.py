@@ -1,6 +1,10 @@
 """The ways in which a run ends early and `main.py` has a sentence for it instead of a traceback."""
 
 import signal
+import sys
+
+AGAIN = 1.0  # seconds of computing after which an interruption that got lost is repeated
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch's words, of CUDA, CPU and libraries
 
 
 class UserError(Exception):
@@ -15,11 +19,23 @@ class WrongFlag(UserError):
     status = 2
 
 
+class NotFinite(UserError):
+    """Activations that are infinite or nan. With `--keep-going` the measure is left out instead."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. On CPUs torch says so in a plain RuntimeError; this module does not import torch."""
+    words = str(error) if isinstance(error, RuntimeError) else ""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(phrase in words for phrase in NO_MEMORY)
+
+
 class Interrupted(BaseException):
     """A signal asked the program to end. No `Exception`, so that nothing on the way takes it for a failure."""
 
     def __init__(self, number: int):
         super().__init__(f"ended by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
+        self.number = number
         self.status = 128 + number
         self.advice = ""
 
@@ -28,10 +44,29 @@ class Interrupted(BaseException):
 
     @classmethod
     def on(cls, *numbers: int) -> None:
-        """Let these signals raise this exception, wherever the program is."""
+        """Let the first of these signals raise this exception, wherever the program is; others then do nothing.
+
+        Python loses what is raised in a destructor or a callback of an import: so it is raised again until `over`.
+        """
+        first: list[int] = []
 
         def handler(number: int, frame: object) -> None:
-            raise cls(number)
+            if first and number != signal.SIGPROF:
+                return
+            first.append(number)
+            sys.unraisablehook = _silent_about_interruptions
+            signal.setitimer(signal.ITIMER_PROF, AGAIN)
+            raise cls(first[0])
 
-        for number in numbers:
+        for number in (*numbers, signal.SIGPROF):
             signal.signal(number, handler)
+
+    @staticmethod
+    def over() -> None:
+        """The exception has arrived where the program ends."""
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _silent_about_interruptions(lost: "sys.UnraisableHookArgs") -> None:
+    if not isinstance(lost.exc_value, Interrupted):
+        sys.__unraisablehook__(lost)

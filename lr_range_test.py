@@ -46,6 +46,7 @@ def lr_range_test(
     module: LightningModule, data: LightningDataModule, folder: Path, new_trainer: Callable[..., Trainer]
 ) -> float:
     """The learning rate to train with, found on `module`, which is spent thereby; table and figure lie in `folder`."""
+    module.hparams.keep_going = True  # until the loss diverges is how far the test goes
     ramp = RisingRate(module.hparams.learning_rate)
     trainer = new_trainer(callbacks=[ramp], max_epochs=-1, max_steps=STEPS, limit_val_batches=0)
     trainer.fit(module, datamodule=data)

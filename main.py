@@ -4,18 +4,20 @@ Torch and Lightning take seconds to import, so each step imports what it needs i
 answered before that.
 """
 
+from __future__ import annotations
+
 import math
 import signal
 import sys
-from argparse import Namespace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import Interrupted, UserError
-from flags import flags_of_run, get_args
+import slurm
+from errors import Interrupted, UserError, is_out_of_memory
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+    from pathlib import Path
+
     from lightning.pytorch import Trainer
 
     from datasets import Data
@@ -23,28 +25,55 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says. Exit status: 0 done, 1 error, 2 wrong flag, 130 Ctrl-C, 143 SIGTERM."""
-    args = get_args(argv)
-    Interrupted.on(signal.SIGINT, signal.SIGTERM)
+    """Do what the command line says. Exit status: 0 done, 1 error, 2 wrong flag, 128 + the number of a signal."""
+    Interrupted.on(signal.SIGINT, signal.SIGTERM, *slurm.time_out_signals())
     try:
+        from flags import get_args
+
+        args = get_args(argv)
         if args.list_layers:
             list_layers(args)
         elif args.measure:
             measure(args)
         else:
             train(args)
-    except (UserError, Interrupted) as ending:
-        print(f"main.py: {ending}", file=sys.stderr)
-        return ending.status
+        sys.stdout.flush()
+    except UserError as error:
+        return ended(error, error.status)
+    except OSError as error:  # what the system refuses elsewhere than in the run's folder
+        if error.filename is None:
+            sys.stdout = sys.stderr  # the full disk or closed pipe is asked no more
+        return ended(f"{error.filename or 'standard output'}: {error.strerror}", 1)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return ended(
+            f"out of memory: try a smaller -b/--batch-size than {args.batch_size}, a smaller network, "
+            "or --precision bf16-mixed",
+            1,
+        )
+    except Interrupted as signal_:
+        Interrupted.over()
+        ended(signal_, signal_.status)
+        return ended(slurm.requeue(), signal_.status) if signal_.number == signal.SIGUSR1 else signal_.status
     return 0
+
+
+def ended(why: object, status: int) -> int:
+    """Say why the program ends early; the exit status."""
+    print(f"main.py: {why}", file=sys.stderr)
+    return status
 
 
 def train(args: Namespace) -> None:
     """Train a network with the measures around it, and leave everything in the run's folder."""
+    from functools import partial
+
     import utils
     from console import Console, banner, closing
+    from flags import flags_of_run
     from lr_range_test import lr_range_test
-    from run_folder import RunFolder, RunRecord
+    from run_folder import RunFolder, RunRecord, read_checkpoint
 
     flags = flags_of_run(args)
     data = load_data(args)
@@ -54,18 +83,20 @@ def train(args: Namespace) -> None:
 
     console = Console(quiet=args.quiet)
     with RunFolder.of(args) as folder:
+        record = RunRecord(folder, save_every=args.save_every)
+        callbacks = [*utils.measures(args, layers, folder, console), console, record]
+        if folder.checkpoint:
+            module.refuse_other(read_checkpoint(folder.checkpoint), folder.checkpoint)
         console.say(banner(args, about, folder.path))
+        folder.write_hparams(flags, about)
         if args.lr_range_test and not folder.checkpoint:
             flags["learning_rate"] = lr_range_test(module, data, folder.path, partial(new_trainer, args))
             module = new_classifier(flags, data)  # the test has spent the other one
-        folder.write_hparams(flags, about)
-        if args.lr_range_test and not folder.checkpoint:
+            folder.write_hparams(flags, about)
             figure = draw(folder.path, "lr_range_test")
             console.say(f"the range test chose the learning rate {flags['learning_rate']:g}, see {figure}")
         if args.lr_range_test == "only":
             return
-        record = RunRecord(folder, save_every=args.save_every)
-        callbacks = [*utils.measures(args, layers, folder, console), console, record]
         trainer = new_trainer(args, callbacks=callbacks, num_sanity_val_steps=0 if folder.checkpoint else -1)
         trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint)
         console.say(closing(record.table.rows(), layers))
@@ -78,6 +109,7 @@ def measure(args: Namespace) -> None:
     """Measure a saved network and leave the results in a folder of their own."""
     import utils
     from console import Console, banner, closing
+    from flags import flags_of_run
     from networks import Classifier
     from run_folder import RunFolder, RunRecord, read_checkpoint
 
@@ -114,6 +146,7 @@ def draw(folder: Path, figure: str) -> Path:
 def list_layers(args: Namespace) -> None:
     """Print name, shape and dimension of every layer that can be measured."""
     from console import layer_table
+    from flags import flags_of_run
     from networks import dimensions
 
     data = load_data(args)
@@ -121,7 +154,7 @@ def list_layers(args: Namespace) -> None:
     print(layer_table(dimensions(module.network, data.dataset.shape)))
 
 
-def load_data(args: Namespace) -> "Data":
+def load_data(args: Namespace) -> Data:
     """The dataset as Lightning's Trainer wants it."""
     import datasets
 
@@ -131,7 +164,7 @@ def load_data(args: Namespace) -> "Data":
     )
 
 
-def new_classifier(flags: dict[str, Any], data: "Data") -> "Classifier":
+def new_classifier(flags: dict[str, Any], data: Data) -> Classifier:
     """An untrained network. Flags and data alone decide its weights."""
     import torch
 
@@ -147,7 +180,7 @@ def new_classifier(flags: dict[str, Any], data: "Data") -> "Classifier":
     return module
 
 
-def new_trainer(args: Namespace, **options: Any) -> "Trainer":
+def new_trainer(args: Namespace, **options: Any) -> Trainer:
     """Lightning's Trainer, without the logs, bars, checkpoints and samplers for which we bring our own."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
@@ -177,7 +210,7 @@ def new_trainer(args: Namespace, **options: Any) -> "Trainer":
         raise UserError(f"one of {flags} does not fit this machine: {' '.join(str(error).split())}") from None
 
 
-def facts(trainer: "Trainer", module: "Classifier", data: "Data", layers: list[str]) -> dict[str, Any]:
+def facts(trainer: Trainer, module: Classifier, data: Data, layers: list[str]) -> dict[str, Any]:
     """What a reader of the results needs beside the flags."""
     from console import device_name
     from networks import dimensions

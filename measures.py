@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import NotFinite, UserError, is_out_of_memory
 
 Batch = tuple[dict[str, Tensor], Tensor]  # {layer: activations (B, d)}, labels (B,)
 Features = Callable[[Tensor], dict[str, Tensor]]
@@ -29,6 +29,7 @@ CACHE_SHARE = 0.25  # of free memory: the rest is for the forward pass and for w
 PIECE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}  # in float64 2 MB, which a CPU's cache holds, and 256 MB
 MIN_ELEMENTS = 2**16  # below, calling torch costs more than what it computes
 MAX_ONE_HOT_CLASSES = 32  # up to here a matrix product sums classes faster than adding row by row does
+MOST_PARTS = 64  # into which a batch is cut before memory counts as exhausted
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -305,7 +306,7 @@ def check_finite(sums: dict[str, Tensor]) -> None:
     finite = torch.stack([torch.linalg.vector_norm(s).isfinite() for s in sums.values()]).tolist()
     broken = [layer for layer, is_finite in zip(sums, finite, strict=True) if not is_finite]
     if broken:
-        raise UserError(f"Activations are infinite or nan in layer {', '.join(broken)}.")
+        raise NotFinite(f"Activations are infinite or nan in layer {', '.join(broken)}.")
 
 
 class Measure(Callback):
@@ -331,6 +332,7 @@ class Measure(Callback):
         self.epochs, self.layers, self.sets = epochs, layers, sets
         self.cache_bytes, self.progress = cache_bytes, progress
         self._batches = batches
+        self._parts = 1  # of each batch, so that they fit into memory
         self.values: dict[str, float] = {}
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
@@ -353,14 +355,41 @@ class Measure(Callback):
         """Measure the module as it is and publish the results as those of this epoch."""
         start = time.perf_counter()
         try:
-            with untouched(pl_module):
-                values = self.measure(trainer, pl_module, epoch)
+            values = self._measure_within_memory(trainer, pl_module, epoch)
         except UserError as error:
-            raise UserError(f"epoch {epoch}: {error}") from error
+            if not (isinstance(error, NotFinite) and pl_module.hparams.get("keep_going")):
+                raise UserError(f"epoch {epoch}: {error}") from error
+            warnings.warn(f"epoch {epoch}: {error} {self.name} is left out.", stacklevel=2)
+            values = {}
         self.values = values | {f"time/{self.name}": time.perf_counter() - start}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch, **values}, step=trainer.global_step)
+
+    def _measure_within_memory(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
+        """Measure; whenever memory runs out, again with half the batch and half the cache."""
+        while True:
+            try:
+                with untouched(pl_module):
+                    return self.measure(trainer, pl_module, epoch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or trainer.world_size > 1:  # other ranks would not measure again
+                    raise
+            # Not in the handler: while the exception lives, so do the tensors that took the memory.
+            self._halve(pl_module.device)
+
+    def _halve(self, device: torch.device) -> None:
+        if self._parts == MOST_PARTS:
+            raise UserError(
+                f"out of memory in the measure {self.name}, even with small batches and without a cache: measure "
+                "fewer --layers (--dib-layers), or leave it out"
+            )
+        if self._parts == 1:
+            warnings.warn(f"Out of memory in {self.name}: it goes on with smaller batches and cache.", stacklevel=2)
+        torch.cuda.empty_cache()
+        room = int(CACHE_SHARE * free_memory(device)) if self.cache_bytes is None else self.cache_bytes
+        self.cache_bytes = room // 2
+        self._parts *= 2
 
     def features(self, trainer: Trainer, pl_module: LightningModule) -> Features:
         """From a batch to the activations of the chosen layers, in the precision of training."""
@@ -375,7 +404,8 @@ class Measure(Callback):
 
     def batches(self, trainer: Trainer, split: str) -> Any:
         """The batches of a set, each sample once and as it is."""
-        return self._batches[split] if self._batches else trainer.datamodule.in_order(split)
+        batches = self._batches[split] if self._batches else trainer.datamodule.in_order(split)
+        return Parts(batches, self._parts) if self._parts > 1 else batches
 
     def shown(self, batches: Iterable, split: str) -> Iterable:
         """The same under a progress bar, each time they are iterated."""
@@ -385,6 +415,24 @@ class Measure(Callback):
 def sum_over_ranks(trainer: Trainer) -> Reduce:
     """Sums a tensor over the trainer's processes; where there is one, the tensor is the sum."""
     return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")
+
+
+class Parts:
+    """Batches cut into at most so many parts each, one after the other."""
+
+    def __init__(self, batches: Any, num_parts: int) -> None:
+        self.batches, self.num_parts = batches, num_parts
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.batches:
+            yield from zip(x.chunk(self.num_parts), y.chunk(self.num_parts), strict=True)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return self.batches[indices]
+
+    @property
+    def labels(self) -> Tensor:
+        return self.batches.labels
 
 
 class Shown:

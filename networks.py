@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ STEMS = ("small", "imagenet")
 SMALL_IMAGE = 64  # pixels: up to this size the stems made for 224 × 224 throw away too much of an image
 LAYER_SCALE = 1e-6  # convnext_tiny's start of every residual branch
 LOOKAHEAD_STEPS, LOOKAHEAD_DECAY = 5, 0.95  # of airbench
+AGAINST_DIVERGENCE = "try a lower -lr/--learning-rate or a longer --warmup (--keep-going goes on all the same)"
 WHITENING_EPS = 5e-4  # keeps directions that hardly vary from being blown up to unit variance
 
 
@@ -462,9 +464,22 @@ class Classifier(LightningModule):
         try:
             module = cls(**hparams)
             module.load_state_dict(content["state_dict"])
-        except (TypeError, KeyError, RuntimeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path} holds another network than it says: {' '.join(str(error).split())}") from None
         return module
+
+    def refuse_other(self, content: Mapping[str, Any], path: Path) -> None:
+        """Refuse a checkpoint's content from which this network's training cannot go on."""
+        missing = {"optimizer_states", "lr_schedulers", "loops", "callbacks", "slow_weights"} - set(content)
+        if missing:
+            raise UserError(f"{path} is of no run to go on with: it has no {', '.join(sorted(missing))}")
+        before, hparams = content["hyper_parameters"], self.hparams
+        other = sorted(name for name in before.keys() & hparams.keys() if before[name] != hparams[name])
+        if other:
+            raise UserError(f"{path} is of another run than hparams.yaml beside it: they differ in {', '.join(other)}")
+        shapes = {name: value.shape for name, value in self.state_dict().items()}
+        if {name: getattr(value, "shape", None) for name, value in content["state_dict"].items()} != shapes:
+            raise UserError(f"{path} holds another network than it says")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes)."""
@@ -499,6 +514,8 @@ class Classifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.values = self._means("train") | self._means("test")
+        if "train_loss" in self.values and not self.hparams.keep_going:
+            self._refuse_broken_weights()
 
     def on_train_epoch_end(self) -> None:
         if not self._tally["test"]:  # trained without a test set
@@ -573,11 +590,20 @@ class Classifier(LightningModule):
         if torch.isfinite(losses).all():
             return
         step = int((~torch.isfinite(losses)).nonzero()[0])
+        done = (self.global_step - len(losses) + step) / self.trainer.estimated_stepping_batches
         raise UserError(
             f"the training loss became {losses[step].item()} in epoch {self.current_epoch + 1}, step {step + 1} of "
-            f"{len(losses)}, at a learning rate of about {self._first_lr:.3g}: try a lower -lr/--learning-rate or a "
-            "longer --warmup (--keep-going goes on all the same)"
+            f"{len(losses)}, at a learning rate of {self.hparams.learning_rate * rate_factor(done, self.hparams):.3g}: "
+            f"{AGAINST_DIVERGENCE}"
         )
+
+    def _refuse_broken_weights(self) -> None:
+        """End the run if its last step broke what no training loss has shown yet."""
+        if not math.isfinite(self.values["test_loss"]):
+            raise UserError(
+                f"the test loss became {self.values['test_loss']} after epoch {self.current_epoch + 1}, trained at a "
+                f"learning rate of {self._first_lr:.3g} at first: {AGAINST_DIVERGENCE}"
+            )
 
     def _is_last_step(self) -> bool:
         return self.global_step == self.trainer.estimated_stepping_batches

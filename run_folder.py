@@ -7,6 +7,7 @@ in the table; a resumed run drops what is newer than its checkpoint and computes
 
 import fcntl
 import io
+import math
 import os
 import pickle
 import platform
@@ -14,6 +15,7 @@ import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+import slurm
 from errors import Interrupted, UserError
 
 FIRST_COLUMNS = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc", "lr")
@@ -34,11 +37,13 @@ FIRST_COLUMNS = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc", "l
 class RunFolder:
     """A run's folder, this process's alone while the `with` block lasts.
 
-    `checkpoint` is the file to go on from and `epoch` its epoch; both None for a new run.
+    `checkpoint` is the file to go on from and `epoch` its epoch; both None for a new run. `before` is the provenance
+    of a resumed run.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, before: Mapping[str, Any] | None = None):
         self.path = path
+        self.before = before
         self.checkpoint: Path | None = None
         self.epoch: int | None = None
 
@@ -46,14 +51,14 @@ class RunFolder:
     def new(cls, log_dir: str | Path, name: str | None = None) -> "RunFolder":
         """An empty folder: `name`, or the next free `version_X`. Whoever makes it first has it."""
         log_dir = Path(log_dir)
-        if name is not None and (log_dir / name).exists():
-            raise UserError(f"--name: {log_dir / name} exists already: choose another name, or --resume it")
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
             if name is None:
                 return cls(_next_version(log_dir))
             (log_dir / name).mkdir()
         except OSError as error:
+            if name is not None and isinstance(error, FileExistsError) and log_dir.is_dir():
+                raise UserError(f"--name: {log_dir / name} exists already: choose another, or --resume it") from None
             raise UserError(f"--log-dir: cannot make a run's folder in {log_dir}: {error.strerror}") from None
         return cls(log_dir / name)
 
@@ -65,19 +70,23 @@ class RunFolder:
     @classmethod
     def resumed(cls, path: str | Path) -> "RunFolder":
         """The folder of a run that ended early. Without a checkpoint yet it starts anew, in the same place."""
-        folder = cls(Path(path))
+        hparams = yaml.safe_load((Path(path) / "hparams.yaml").read_text(encoding="utf-8"))
+        folder = cls(Path(path), hparams.get("provenance", {}))
         last = folder.path / "checkpoints" / "last.ckpt"
         if last.exists():
             folder.checkpoint, folder.epoch = last, read_checkpoint(last)["epoch"] + 1
         return folder
 
     def __enter__(self) -> "RunFolder":
-        self._lock = open(self.path / ".lock", "w")  # a killed process loses its lock, so none is ever stale
         try:
+            self._lock = open(self.path / ".lock", "w")  # a killed process loses its lock, so none is ever stale
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            remove_leftovers(self.path)
+        except BlockingIOError:
             self._lock.close()
             raise UserError(f"--resume: the run in {self.path} is still going on: stop it first") from None
+        except OSError as error:
+            raise UserError(f"cannot write in {self.path}: {error.strerror}") from None
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -91,13 +100,13 @@ class RunFolder:
 
     def write_hparams(self, flags: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """`hparams.yaml`: the flags, and under `provenance` what is no flag; a resumed run remembers when it was."""
-        path = self.path / "hparams.yaml"
         about = provenance() | dict(facts)
-        if path.exists():
-            before = yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance") or {}
-            about["resumed"] = [*before.get("resumed", []), about["started"]]
-            about["started"] = before.get("started")
-        write_whole(path, yaml.safe_dump({**flags, "provenance": about}, sort_keys=False, allow_unicode=True))
+        if self.before is not None:
+            resumed = self.before.get("resumed")
+            about["resumed"] = [*(resumed if isinstance(resumed, list) else []), about["started"]]
+            about["started"] = self.before.get("started")
+        content = yaml.safe_dump({**flags, "provenance": about}, sort_keys=False, allow_unicode=True)
+        write_whole(self.path / "hparams.yaml", content)
 
 
 def _next_version(log_dir: Path) -> Path:
@@ -120,10 +129,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is no checkpoint of this program: it holds more than numbers and names") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # torch answers broken files with a dozen kinds of exceptions
         raise UserError(f"{path} is no checkpoint, or not a whole one: {' '.join(str(error).split())[:150]}") from None
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters", "epoch"} <= set(content):
-        raise UserError(f"{path} is no checkpoint of this program: it has no state_dict, hyper_parameters and epoch")
+    parts = {"state_dict": dict, "hyper_parameters": dict, "epoch": int}
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in parts.items()):
+        raise UserError(f"{path} is no checkpoint of this program: it has no {', '.join(parts)}")
     return content
 
 
@@ -136,9 +146,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # where writing fails, so may this
+            beside.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left beside the files of a folder that is ours alone."""
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink()
 
 
 def provenance() -> dict[str, Any]:
@@ -150,6 +169,7 @@ def provenance() -> dict[str, Any]:
         "lightning": lightning.__version__,
         "git_commit": _git_commit(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **({"slurm_job": slurm.job_id()} if slurm.job_id() else {}),
     }
 
 
@@ -192,16 +212,24 @@ class EpochTable:
         return [{name: value for name, value in row if value} for row in cells]
 
     def _read(self, keep_to: int) -> None:
-        header, *lines = self.path.read_text(encoding="utf-8").splitlines()
-        self.columns = header.split(",")
-        self._lines = [line for line in lines if int(line.partition(",")[0]) <= keep_to]
+        try:
+            header, *lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.columns = header.split(",")
+            self._lines = [line for line in lines if int(line.partition(",")[0]) <= keep_to]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if any(line.count(",") != header.count(",") for line in self._lines):
+            raise UserError(f"{self.path} is damaged: not every line has {len(self.columns)} values")
 
 
 def save_whole(path: Path, content: Any) -> None:
     """`torch.save` into a file that is there whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(exist_ok=True)  # without its parents: a run's folder that is gone is not made again
+    except OSError as error:
+        raise UserError(f"cannot make {path.parent}: {error.strerror}") from error
     write_whole(path, buffer.getvalue())
 
 
@@ -227,6 +255,9 @@ class RunRecord(Checkpoint):
         self.save_every = save_every
         self.table = folder.table("metrics.csv", FIRST_COLUMNS)
         self.best = float("-inf")
+        epochs = [int(row["epoch"]) for row in self.table.rows()]
+        if folder.epoch is not None and epochs != list(range(folder.epoch + 1)):
+            raise UserError(f"{self.table.path} does not have every epoch up to {folder.epoch}, its checkpoint's")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 0:
@@ -239,8 +270,9 @@ class RunRecord(Checkpoint):
         epoch = trainer.current_epoch + 1
         self.write_row(trainer, pl_module, epoch, time.perf_counter() - self._start)
         names = ["last.ckpt"]
-        if pl_module.values.get("test_acc", 0.0) > self.best:
-            self.best = pl_module.values["test_acc"]
+        values = pl_module.values
+        if values.get("test_acc", 0.0) > self.best and math.isfinite(values["test_loss"]):
+            self.best = values["test_acc"]
             names.append("best.ckpt")
         if self.save_every and epoch % self.save_every == 0:
             names.append(f"epoch{epoch:04d}.ckpt")

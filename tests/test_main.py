@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+import datasets
 import main
 from networks import Classifier
 
@@ -234,3 +235,30 @@ def test_a_compiled_network_trains_and_measures_like_a_plain_one(monkeypatch):
     assert main.main([*SHORT, "--quiet", "--compile"]) == 0
     assert main.main([*SHORT, "--quiet"]) == 0
     assert rows_of("lightning_logs/version_0") == rows_of("lightning_logs/version_1")
+
+
+def brute_force_nc1(h, y):
+    """From the definition in float64: C (tr Uᵀ Σ_W U S⁻²) with M = U S Vᵀ, an SVD where the program has none."""
+    h = h.flatten(1).double()
+    mu = torch.stack([h[y == c].mean(0) for c in y.unique()])
+    U, S, _ = torch.linalg.svd((mu - h.mean(0)).T, full_matrices=False)
+    rank = len(mu) - 1  # of M, whose columns sum to zero in balanced classes
+    projected = (h - mu[y]) @ U[:, :rank]
+    return float(len(mu) * (projected.square().mean(0) / S[:rank] ** 2).sum())
+
+
+@pytest.mark.parametrize("model", ["MNISTNet", "ResNet"])
+def test_nc1_in_the_table_is_that_of_the_saved_network_by_brute_force(model, image_folder):
+    line = ["-m", model, "-d", str(image_folder), "-e", "2", "-b", "20", "-lr", "0.01", "--measure-every", "1"]
+    assert main.main([*line, "--no-dib", "--quiet", "--no-plots"]) == 0
+    run = Path("lightning_logs/version_0")
+    network = Classifier.load_from_checkpoint(run / "checkpoints/last.ckpt", map_location="cpu").network.eval()
+    dataset = datasets.load(str(image_folder))
+    for split in ("train", "test"):
+        labels = getattr(dataset, split).labels
+        x = datasets.Batches(dataset, split, 1000)[torch.arange(len(labels))]
+        with torch.no_grad():
+            features = network.feature_extractor(x)
+        for layer, h in features.items():
+            logged = float(rows_of(run)[-1][f"nc1/{split}/{layer}"])
+            assert logged == pytest.approx(brute_force_nc1(h, labels), rel=1e-5)  # float32 passes of other batch sizes

@@ -1,0 +1,78 @@
+"""A SLURM job that runs out of time: asks for another turn, and in that one goes on with its own run.
+
+    #SBATCH --signal=SIGUSR1@90
+    srun python main.py …
+
+Lightning's handler for this signal is not used: it works only while the Trainer does, saves in the middle of an
+epoch, after which numbers differ, and leaves it to the user to find the run's folder again. Here the run ends in
+its last whole epoch, and the requeued job, which runs the same command, takes it up from there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the program starts with this module and must be quick to listen to signals
+    from collections.abc import Mapping
+    from pathlib import Path
+
+INTERACTIVE = ("bash", "interactive")  # names of jobs in which somebody sits at the terminal, as Lightning has it
+
+
+def time_out_signals() -> list[int]:
+    """The signals that mean a lack of time: SIGUSR1 within a batch job, elsewhere none."""
+    is_batch_job = job_id() is not None and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
+    return [signal.SIGUSR1] if is_batch_job else []
+
+
+def job_id() -> str | None:
+    """The job's number; within an array each task has one of its own."""
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
+def requeue() -> str:
+    """Ask SLURM to start this job again, once for all its processes; what came of it, in a sentence."""
+    import subprocess
+
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return "the job's first process asks SLURM to start it again"
+    job = job_id()
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    except OSError as error:
+        return f"SLURM cannot be asked to start job {job} again: scontrol: {error.strerror}"
+    if done.returncode != 0:
+        return f"SLURM refuses to start job {job} again: {' '.join(done.stderr.split())}"
+    return f"SLURM starts job {job} again, which then goes on"
+
+
+def run_to_go_on_with(flags: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that this job began with these flags, if the job was requeued since."""
+    if job_id() is None or os.environ.get("SLURM_RESTART_COUNT", "0") in ("", "0"):
+        return None
+    from pathlib import Path
+
+    searched = flags["lr_range_test"] and "learning_rate"  # the rate in the run's folder is the one found
+    expected = {name: value for name, value in flags.items() if name != searched}
+    for folder in Path(flags["log_dir"]).glob("*/"):
+        stored = _hparams(folder)
+        is_of_this_job = stored.pop("provenance", {}).get("slurm_job") == job_id()
+        stored.pop(searched, None)
+        if is_of_this_job and stored == expected:
+            return folder
+    return None
+
+
+def _hparams(folder: Path) -> dict[str, Any]:
+    """A run's flags and provenance; nothing where they cannot be read: that is then no run of this job."""
+    import yaml
+
+    try:
+        content = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("provenance", {}), dict) else {}

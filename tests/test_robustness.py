@@ -1,0 +1,779 @@
+"""Nothing lost, nothing wrong: each test breaks something for real and looks at what is left.
+
+Runs are processes of their own (`processes.py`) wherever something is killed, interrupted or forbidden to them.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from processes import (
+    ROOT,
+    SHORT,
+    Run,
+    as_nobody,
+    assert_same_run,
+    columns_without_times,
+    finish,
+    interrupt_in_a_destructor,
+    kill_and_resume,
+    leftovers,
+    moments,
+    press_often,
+    signal_at,
+    timed_whole_run,
+    two_threads,
+)
+
+import flags
+import heads
+import main
+import neural_collapse
+import utils
+from errors import Interrupted, UserError, WrongFlag, is_out_of_memory
+from flags import epochs_to_measure, get_args
+from networks import Classifier
+from run_folder import EpochTable, RunFolder, read_checkpoint
+
+LOGS = Path("lightning_logs")
+TINY = ["-e", "2", "--dib-epochs", "1", "--no-plots", "--quiet"]
+FUZZ = settings(  # the fixtures hold no state that an example changes
+    max_examples=int(os.environ.get("FUZZ", "60")), deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with the run `whole` that nothing disturbed, and how long it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, timed_whole_run(SHORT, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two epochs that ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert finish([*TINY, "--name", "run"], folder)[0] == 0
+    return folder / LOGS / "run"
+
+
+def told(capsys):
+    """The last line on stderr, which must be the program's sentence."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    assert text.splitlines()[-1].startswith("main.py: ")
+    return text.splitlines()[-1]
+
+
+def snapshot(folder):
+    """Every file below with its content: what a refused command may not change."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob("*"))}
+
+
+# Killed
+
+
+def test_a_run_killed_at_random_moments_and_resumed_equals_one_never_interrupted(whole):
+    folder, duration = whole
+    for i, moment in enumerate(moments(4, duration, seed=1)):
+        kill_and_resume(SHORT, folder, f"killed{i}", [moment])
+
+
+def test_a_run_killed_again_and_again_gets_to_its_end(whole):
+    folder, duration = whole
+    kill_and_resume(SHORT, folder, "killed_often", [duration * share for share in (0.5, 0.2, 0.3)])
+
+
+WRITING = [
+    ("run_folder:os.fsync", 3, False),  # the second row of metrics.csv or dib.csv: not yet on the disk
+    ("run_folder:os.replace", 5, False),  # on the disk, but not in its place
+    ("run_folder:os.replace", 6, True),  # in its place, and nothing after it
+    ("run_folder:torch.save", 3, True),
+]
+
+
+@pytest.mark.parametrize(("call", "number", "after"), WRITING)
+def test_a_run_killed_while_it_writes_equals_one_never_interrupted(call, number, after, whole):
+    folder, _ = whole
+    run = folder / LOGS / f"{call.rpartition('.')[2]}{number}{after}"
+    meddle = partial(signal_at, call, number, signal.SIGKILL, after)
+    assert finish([*SHORT, "--name", run.name], folder, meddle=meddle)[0] == -signal.SIGKILL
+    assert finish(["--resume", str(run)], folder)[0] == 0
+    assert_same_run(run, folder / LOGS / "whole")
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_start(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in (".metrics.csv.123.tmp", "checkpoints/.last.ckpt.123.tmp"):
+        (run / name).write_text("half")
+    with RunFolder.resumed(run):
+        assert leftovers(run) == []
+    assert (run / "metrics.csv").exists() and (run / "checkpoints/last.ckpt").exists()
+
+
+# Interrupted
+
+
+PHASES = {
+    "data": ("main:load_data", 1),
+    "range test": ("lr_range_test:RisingRate.on_train_batch_end", 40),
+    "training": ("networks:Classifier.training_step", 20),
+    "NC1": ("neural_collapse:projected_variation", 3),
+    "DIB": ("heads:Heads.step", 30),
+    "checkpoint": ("run_folder:torch.save", 3),
+    "table": ("run_folder:os.fsync", 6),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_ends_at_once_in_every_phase(phase, number, status, tmp_path):
+    line = [*SHORT, "--lr-range-test"] if phase == "range test" else SHORT
+    ended, text = finish(line, tmp_path, meddle=partial(signal_at, *PHASES[phase], number))
+    assert time.time() - float(Path("signalled").read_text()) < 5
+    assert ended == status, text
+    assert text.count("\n") == 1 and text.startswith("main.py: ended by ")
+    assert leftovers(tmp_path) == []
+    if phase == "data":
+        assert not LOGS.exists()
+    else:
+        assert "`python main.py --resume lightning_logs/version_0` goes on" in text
+
+
+def test_an_interrupted_run_resumed_as_it_says_equals_one_never_interrupted(whole):
+    folder, _ = whole
+    meddle = partial(signal_at, *PHASES["DIB"], signal.SIGINT)
+    assert finish([*SHORT, "--name", "cut"], folder, meddle=meddle)[0] == 130
+    assert finish(["--resume", "lightning_logs/cut"], folder)[0] == 0
+    assert_same_run(folder / LOGS / "cut", folder / LOGS / "whole")
+
+
+def test_a_run_interrupted_in_its_range_test_makes_it_again_when_resumed(tmp_path):
+    line = [*TINY, "--lr-range-test"]
+    assert finish([*line, "--name", "whole"], tmp_path)[0] == 0
+    meddle = partial(signal_at, *PHASES["range test"], signal.SIGINT)
+    assert finish([*line, "--name", "cut"], tmp_path, meddle=meddle)[0] == 130
+    assert finish(["--resume", "lightning_logs/cut"], tmp_path)[0] == 0
+    assert_same_run(LOGS / "cut", LOGS / "whole")
+
+
+@pytest.mark.parametrize("meddle", [press_often, interrupt_in_a_destructor])
+def test_further_signals_are_harmless_and_one_that_gets_lost_comes_again(meddle, tmp_path):
+    """Pressed three times, then while all is torn down; or while an object is destroyed, where Python drops it."""
+    status, text = finish(["-e", "5000", *SHORT[2:]], tmp_path, meddle=meddle)
+    assert status == 130
+    assert text == "main.py: ended by Ctrl-C; `python main.py --resume lightning_logs/version_0` goes on\n"
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_sentence_too():
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *TINY], stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=20)
+    assert process.returncode == 130 and text == "main.py: ended by Ctrl-C\n"
+
+
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+         "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost"}  # fmt: skip
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A program of that name which notes what it is asked for."""
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    program.chmod(0o755)
+    return {**SLURM, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
+def test_a_job_short_of_time_is_requeued_and_goes_on_in_its_folder(whole, tmp_path, scontrol):
+    other = finish([*SHORT, "--seed", "1"], tmp_path, env=scontrol)  # of the same job, and not to be mixed up with it
+    assert other[0] == 0
+    meddle = partial(signal_at, *PHASES["training"], signal.SIGUSR1)
+    status, text = finish(SHORT, tmp_path, meddle=meddle, env=scontrol)
+    assert status == 128 + signal.SIGUSR1
+    assert "ended by SIGUSR1" in text and "SLURM starts job 77 again" in text and text.count("\n") == 2
+    assert Path("asked").read_text() == "requeue 77\n"
+    assert finish(SHORT, tmp_path, env=scontrol | {"SLURM_RESTART_COUNT": "1"})[0] == 0
+    assert_same_run(LOGS / "version_1", whole[0] / LOGS / "whole")
+    assert sorted(path.name for path in LOGS.iterdir()) == ["version_0", "version_1"]
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+
+def test_a_job_that_was_not_requeued_or_another_one_starts_anew(tmp_path):
+    for env in (SLURM, SLURM, SLURM | {"SLURM_JOB_ID": "78", "SLURM_RESTART_COUNT": "1"}):
+        assert finish(TINY, tmp_path, env=env)[0] == 0
+    assert len(list(LOGS.iterdir())) == 3
+
+
+def test_a_requeue_that_fails_is_said(tmp_path, scontrol):
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'Invalid job' >&2\nexit 1\n")
+    meddle = partial(signal_at, *PHASES["training"], signal.SIGUSR1)
+    status, text = finish(SHORT, tmp_path, meddle=meddle, env=scontrol)
+    assert status == 138 and "goes on" in text and "SLURM refuses to start job 77 again: Invalid job" in text
+
+
+# Not allowed to write
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of half a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", disk], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk):
+    with open(disk / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_spares_what_is_there(whole, small_disk, tmp_path):
+    run = small_disk / "logs" / "run"
+    started = Run([*SHORT, "--log-dir", str(small_disk / "logs"), "--name", "run"], tmp_path)
+    started.wait((run / "checkpoints/last.ckpt").exists)
+    fill(small_disk)
+    status, text = started.end()
+    assert status == 1 and text.count("\n") == 1
+    assert f"cannot write {run}" in text and "No space left on device" in text
+    assert leftovers(run) == []
+    (small_disk / "filler").unlink()
+    assert finish(["--resume", str(run)], tmp_path)[0] == 0
+    assert_same_run(run, whole[0] / LOGS / "whole")
+
+
+def test_a_full_disk_is_one_sentence_from_the_start(small_disk, tmp_path):
+    fill(small_disk)
+    status, text = finish([*TINY, "--log-dir", str(small_disk)], tmp_path)
+    assert status == 1 and text.count("\n") == 1 and "No space left on device" in text and str(small_disk) in text
+
+
+def test_a_read_only_disk_is_one_sentence(small_disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    status, text = finish([*TINY, "--log-dir", str(small_disk / "logs")], tmp_path)
+    assert status == 1 and text.count("\n") == 1
+    assert f"--log-dir: cannot make a run's folder in {small_disk / 'logs'}: Read-only file system" in text
+
+
+def test_a_run_whose_folder_is_deleted_says_so_and_does_not_bring_it_back(tmp_path):
+    run = LOGS / "version_0"
+    started = Run(SHORT, tmp_path)
+    started.wait((run / "checkpoints/last.ckpt").exists)
+    run.rename("gone")  # at one stroke: a deletion file by file would race with the run
+    status, text = started.end()
+    assert status == 1 and text.count("\n") == 1
+    assert f"cannot write {run}" in text and "No such file or directory" in text
+    assert not run.exists()
+
+
+def test_permission_lost_in_mid_run_spares_what_is_there(whole, tmp_path):
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents:  # nobody must be able to get here
+        if not os.stat(folder).st_mode & 0o001 and os.geteuid() == 0:
+            folder.chmod(folder.stat().st_mode | 0o001)
+    run = LOGS / "run"
+    started = Run([*SHORT, "--name", "run"], tmp_path, meddle=partial(as_nobody, tmp_path))
+    started.wait((run / "checkpoints/last.ckpt").exists)
+    run.chmod(0o555)
+    status, text = started.end()
+    assert status == 1 and text.count("\n") == 1
+    assert f"cannot write {run}" in text and "Permission denied" in text
+    (run / ".lock").chmod(0o444)
+    status, text = finish(["--resume", str(run)], tmp_path, meddle=partial(as_nobody, tmp_path))
+    assert (status, text) == (1, f"main.py: cannot write in {run}: Permission denied\n")
+    run.chmod(0o755)
+    (run / ".lock").chmod(0o644)
+    status, text = finish(["--resume", str(run)], tmp_path, meddle=partial(as_nobody, tmp_path))
+    assert status == 0, text
+    assert_same_run(run, whole[0] / LOGS / "whole")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_standard_output_is_one_sentence(finished):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "main.py", "--list-layers"], stdout=full, stderr=subprocess.PIPE, text=True
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "main.py: standard output: No space left on device\n")
+
+
+# Numbers go wrong
+
+
+def broken_from(epoch, step, monkeypatch):
+    """The loss is nan from this step of this epoch on."""
+    training_step = Classifier.training_step
+
+    def broken(self, batch, batch_idx):
+        loss = training_step(self, batch, batch_idx)
+        if (self.current_epoch + 1, batch_idx + 1) >= (epoch, step):
+            size, _, correct = self._tally["train"].pop()
+            loss = loss * float("nan")
+            self._tally["train"].append((size, loss.detach(), correct))
+        return loss
+
+    monkeypatch.setattr(Classifier, "training_step", broken)
+
+
+@pytest.mark.parametrize("measures", [[], ["--no-nc", "--no-dib"]])
+def test_a_nan_loss_keeps_the_last_good_checkpoint_and_says_where_it_came(measures, capsys, monkeypatch):
+    broken_from(3, 4, monkeypatch)
+    assert main.main([*TINY, *measures, "-e", "5", "--schedule", "constant", "--warmup", "0", "-lr", "0.01"]) == 1
+    sentence = told(capsys)
+    assert "loss became nan in epoch 3, step 4 of 14, at a learning rate of 0.01:" in sentence
+    assert "--learning-rate" in sentence and "--keep-going" in sentence
+    run = LOGS / "version_0"
+    assert [row[0] for row in columns_without_times(run / "metrics.csv")[1:]] == ["0", "1", "2"]
+    assert read_checkpoint(run / "checkpoints/last.ckpt")["epoch"] == 1
+    for name in ("last", "best"):
+        state = read_checkpoint(run / f"checkpoints/{name}.ckpt")["state_dict"]
+        assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_weights_broken_by_the_last_step_of_an_epoch_are_not_saved(capsys, monkeypatch):
+    """No training loss has shown it yet, and no measure looks: the test loss does."""
+    broken_from(3, 14, monkeypatch)
+    monkeypatch.setattr(Classifier, "_refuse_broken_loss", lambda self: None)
+    assert main.main([*TINY, "-e", "5", "--no-nc", "--no-dib"]) == 1
+    assert "the test loss became nan after epoch 3" in told(capsys)
+    assert read_checkpoint(LOGS / "version_0/checkpoints/last.ckpt")["epoch"] == 1
+
+
+def test_a_real_divergence_stops_the_run_and_with_keep_going_does_not(capsys):
+    line = [*TINY, "-lr", "1e30", "--optimizer", "sgd", "-nl", "relu", "--rank"]
+    assert main.main([*line, "--name", "stopped"]) == 1
+    assert "in epoch 1, step " in told(capsys)
+    assert not (LOGS / "stopped/checkpoints").exists()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert main.main([*line, "--name", "went_on", "--keep-going"]) == 0
+    rows = columns_without_times(LOGS / "went_on/metrics.csv")
+    assert [row[0] for row in rows[1:]] == ["0", "1", "2"] and rows[2][1] == "nan"
+    assert any("epoch 1: Activations are infinite or nan in layer" in str(warning.message) for warning in warned)
+    assert not (LOGS / "went_on/checkpoints/best.ckpt").exists()  # no epoch was any good
+    assert (LOGS / "went_on/checkpoints/last.ckpt").exists()
+
+
+def test_infinite_activations_end_a_measure_with_layer_and_epoch(capsys, monkeypatch):
+    network = Classifier("MLP", [12], 2).network
+    extract = type(network).feature_extractor
+
+    def infinite(self, x):
+        h = extract(self, x)
+        return h | {"hidden3": h["hidden3"] + torch.inf}
+
+    monkeypatch.setattr(type(network), "feature_extractor", infinite)
+    assert main.main([*TINY, "--no-dib"]) == 1
+    assert "epoch 0: Activations are infinite or nan in layer hidden3" in told(capsys)
+
+
+def test_a_range_test_that_diverges_to_nan_in_an_epochs_last_step_goes_on(capsys, monkeypatch):
+    """With one step per epoch every step is an epoch's last."""
+    assert main.main([*TINY, "-b", "4096", "--lr-range-test", "only", "--optimizer", "sgd", "-nl", "relu"]) in (0, 1)
+    assert "loss became" not in capsys.readouterr().err
+
+
+# Out of memory
+
+
+def numbers(row):
+    return [float(cell or 0) for cell in row]
+
+
+def test_a_measure_short_of_memory_goes_on_in_smaller_batches_to_the_same_numbers(monkeypatch):
+    assert main.main([*TINY, "--no-dib", "--rank", "--name", "enough"]) == 0
+    extract = type(Classifier("MLP", [12], 2).network).feature_extractor
+
+    def scarce(self, x):
+        if len(x) > 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return extract(self, x)
+
+    monkeypatch.setattr(type(Classifier("MLP", [12], 2).network), "feature_extractor", scarce)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert main.main([*TINY, "--no-dib", "--rank", "--name", "scarce"]) == 0
+    told = [str(warning.message) for warning in warned if "Out of memory" in str(warning.message)]
+    assert sorted(text.partition(":")[0] for text in told) == ["Out of memory in nc1", "Out of memory in rank"]
+    enough, scarce = (columns_without_times(LOGS / name / "metrics.csv") for name in ("enough", "scarce"))
+    for row, expected in zip(enough[1:], scarce[1:], strict=True):
+        # Matrix products of other sizes round float32 activations differently; NC1 promises six digits.
+        assert numbers(row) == pytest.approx(numbers(expected), rel=1e-6)
+
+
+def test_dib_short_of_memory_goes_on_with_less_cache_to_the_same_numbers(monkeypatch):
+    assert main.main([*TINY, "--no-nc", "--name", "enough"]) == 0
+    keep = heads.Samples.keep
+
+    def scarce(self, layers):
+        if self.num_bytes(layers) > 200_000:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        keep(self, layers)
+
+    monkeypatch.setattr(heads.Samples, "keep", scarce)
+    with pytest.warns(UserWarning, match="Out of memory in dib") as warned:
+        assert main.main([*TINY, "--no-nc", "--cache-gb", "0.001", "--name", "scarce"]) == 0
+    assert len([warning for warning in warned if "Out of memory" in str(warning.message)]) == 1
+    enough, scarce = (columns_without_times(LOGS / name / "metrics.csv") for name in ("enough", "scarce"))
+    for row, expected in zip(enough[1:], scarce[1:], strict=True):
+        assert numbers(row) == pytest.approx(numbers(expected), abs=1e-6)  # nats; as above, float32 rounds differently
+
+
+def test_a_measure_for_which_no_batch_is_small_enough_is_one_sentence(capsys, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(neural_collapse, "neural_collapse", exhausted)
+    with pytest.warns(UserWarning, match="Out of memory in nc1"):
+        assert main.main([*TINY, "--no-dib"]) == 1
+    assert "epoch 0: out of memory in the measure nc1" in told(capsys)
+
+
+def test_out_of_memory_in_training_names_the_batch_size_and_what_to_try(capsys, monkeypatch):
+    def exhausted(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Classifier, "training_step", exhausted)
+    assert main.main([*TINY, "-b", "100"]) == 1
+    assert "--batch-size than 100" in told(capsys)
+
+
+def test_a_network_that_no_memory_holds_is_one_sentence(capsys):
+    assert main.main([*TINY, "-w", "10000000", "10000000"]) == 1
+    assert "out of memory" in told(capsys)
+    assert not LOGS.exists()
+
+
+def test_what_counts_as_out_of_memory():
+    assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not is_out_of_memory(RuntimeError("size mismatch")) and not is_out_of_memory(ValueError("out of memory"))
+
+
+# Bad files
+
+
+def edited(path, **changes):
+    content = torch.load(path, weights_only=True)
+    for name, value in changes.items():
+        content[name] = content[name] | value if isinstance(value, dict) and name != "state_dict" else value
+    torch.save({name: value for name, value in content.items() if value is not None}, path)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_network(path):
+    network = Classifier("MLP", [12], 2, widths=[3, 3])
+    edited(path, state_dict=network.state_dict())
+
+
+def text_in_hparams(old, new):
+    def change(path):
+        hparams = path.parent.parent / "hparams.yaml"
+        hparams.write_text(hparams.read_text().replace(old, new))
+
+    return change
+
+
+def in_table(change):
+    return lambda path: change(path.parent.parent / "metrics.csv")
+
+
+# What is done to a run's last.ckpt (or beside it), the status, and what the sentence names.
+BAD_RUNS = {
+    "checkpoint truncated": (truncated, 1, "last.ckpt is no checkpoint, or not a whole one"),
+    "checkpoint empty": (lambda path: path.write_bytes(b""), 1, "last.ckpt is no checkpoint"),
+    "checkpoint is text": (lambda path: path.write_text("hello"), 1, "last.ckpt is no checkpoint"),
+    "checkpoint is a folder": (lambda path: (path.unlink(), path.mkdir()), 1, "last.ckpt"),
+    "checkpoint is a list": (lambda path: torch.save([1], path), 1, "no state_dict"),
+    "checkpoint of weights alone": (lambda path: edited(path, optimizer_states=None, loops=None), 1, "no loops"),
+    "checkpoint without slow weights": (lambda path: edited(path, slow_weights=None), 1, "slow_weights"),
+    "checkpoint of another network": (other_network, 1, "another network"),
+    "checkpoint of another seed": (lambda path: edited(path, hyper_parameters={"seed": 3}), 1, "differ in seed"),
+    "checkpoint of other widths": (lambda path: edited(path, hyper_parameters={"widths": [3]}), 1, "differ in widths"),
+    "checkpoint whose epoch is text": (lambda path: edited(path, epoch="two"), 1, "epoch"),
+    "checkpoint ahead of the table": (lambda path: edited(path, epoch=7), 1, "metrics.csv does not have every epoch"),
+    "table missing": (in_table(Path.unlink), 1, "metrics.csv does not have every epoch"),
+    "table empty": (in_table(lambda path: path.write_text("")), 1, "metrics.csv cannot be read"),
+    "table of bytes": (in_table(lambda path: path.write_bytes(b"\xff\xfe")), 1, "metrics.csv cannot be read"),
+    "table without a row": (
+        in_table(lambda path: path.write_text("".join(path.read_text().splitlines(True)[:2]))), 1, "every epoch"),
+    "table with a row twice": (
+        in_table(lambda path: path.write_text(path.read_text() + path.read_text().splitlines(True)[-1])), 1,
+        "every epoch"),
+    "table cut in a row": (
+        in_table(lambda path: path.write_text(path.read_text()[:-200])), 1, "metrics.csv is damaged"),
+    "hparams.yaml of a newer version": (
+        text_in_hparams("model:", "new_flag: 3\nmodel:"), 2, "hparams.yaml: unknown key 'new_flag'"),
+    "hparams.yaml with a value of a newer version": (
+        text_in_hparams("optimizer: adam", "optimizer: muon"), 2, "hparams.yaml: argument --optimizer"),
+    "hparams.yaml cut off": (
+        lambda path: truncated(path.parent.parent / "hparams.yaml"), (1, 2), "hparams.yaml"),
+    "hparams.yaml of objects": (
+        text_in_hparams("seed: 0", "seed: !!python/object/apply:os.mkdir [hacked]"), 2, "hparams.yaml is not plain"),
+    "hparams.yaml that is a list": (
+        lambda path: (path.parent.parent / "hparams.yaml").write_text("- 1"), 2, "--resume"),
+    "hparams.yaml whose provenance is a number": (
+        lambda path: (path.parent.parent / "hparams.yaml").write_text("provenance: 3"), 2, "provenance"),
+    "hparams.yaml missing": (lambda path: (path.parent.parent / "hparams.yaml").unlink(), 2, "no hparams.yaml"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_a_run_with_a_bad_file_is_not_resumed_and_nothing_in_it_changes(case, finished, capsys, tmp_path):
+    damage, status, names = BAD_RUNS[case]
+    run = shutil.copytree(finished, tmp_path / "run")
+    damage(run / "checkpoints" / "last.ckpt")
+    before = snapshot(tmp_path)
+    try:
+        ended = main.main(["--resume", "run", "-e", "4"])
+    except SystemExit as end:
+        ended = end.code
+    text = capsys.readouterr().err
+    assert ended in (status if isinstance(status, tuple) else (status,)), text
+    assert names in text and text.startswith("main.py: ") and text.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+BAD_TO_MEASURE = {
+    "truncated": (truncated, "not a whole one"),
+    "of another network than it says": (other_network, "another network than it says"),
+    "of an unknown model": (lambda path: edited(path, hyper_parameters={"model": "Transformer"}), "Transformer"),
+    "with an unknown flag": (lambda path: edited(path, hyper_parameters={"new_flag": 1}), "new_flag"),
+    "with impossible widths": (lambda path: edited(path, hyper_parameters={"widths": "wide"}), "another network"),
+    "of other classes": (lambda path: edited(path, hyper_parameters={"num_classes": 3}), "3 classes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TO_MEASURE)
+def test_a_bad_checkpoint_is_not_measured(case, finished, capsys, tmp_path):
+    damage, names = BAD_TO_MEASURE[case]
+    shutil.copyfile(finished / "checkpoints/last.ckpt", "last.ckpt")
+    damage(Path("last.ckpt"))
+    before = snapshot(tmp_path)
+    assert main.main(["--measure", "last.ckpt"]) == 1
+    sentence = told(capsys)
+    assert "last.ckpt" in sentence and names in sentence
+    assert snapshot(tmp_path) == before
+
+
+BAD_PLACES = [
+    (["--name", "n" * 300], 2, "--name"),
+    (["--log-dir", "l" * 300], 1, "--log-dir"),
+    (["--log-dir", "a_file"], 1, "a_file"),
+    (["--log-dir", "a_file/below"], 1, "a_file/below"),
+    (["--name", "run", "--log-dir", "."], 1, "--name"),
+    (["--resume", "a_file"], 2, "--resume"),
+    (["--measure", "run"], 1, "run"),
+    (["-e", "1000001"], 2, "--epochs"),
+    (["--measure-at", "log:99999999999"], 2, "--measure-at"),
+    (["--name", "a\0b"], 2, "--name"),
+    (["--layers", "\udc80"], 2, "--layers"),
+    (["-d", "run"], 1, "train"),
+]
+
+
+@pytest.mark.parametrize(("words", "status", "names"), BAD_PLACES, ids=[repr(case[0])[:40] for case in BAD_PLACES])
+def test_a_place_that_does_not_do_is_one_sentence_and_leaves_nothing(words, status, names, capsys, tmp_path):
+    Path("a_file").write_text("")
+    Path("run").mkdir()
+    before = snapshot(tmp_path)
+    try:
+        ended = main.main([*TINY, *words])
+    except SystemExit as end:
+        ended = end.code
+    text = capsys.readouterr().err
+    assert ended == status and names in text and text.startswith("main.py: ") and text.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+# At the same time
+
+
+def test_runs_started_at_once_in_one_folder_are_whole_and_equal(tmp_path, whole):
+    runs = [Run(SHORT, tmp_path) for _ in range(3)]
+    assert [run.end()[0] for run in runs] == [0, 0, 0]
+    folders = sorted(LOGS.iterdir())
+    assert [folder.name for folder in folders] == ["version_0", "version_1", "version_2"]
+    for folder in folders:
+        assert_same_run(folder, whole[0] / LOGS / "whole")
+
+
+def test_a_run_that_is_still_going_on_is_not_resumed(tmp_path):
+    running = Run([*SHORT, "-e", "500"], tmp_path)
+    running.wait((LOGS / "version_0/checkpoints/last.ckpt").exists)
+    status, text = finish(["--resume", "last"], tmp_path)
+    assert (status, text) == (
+        1,
+        "main.py: --resume: the run in lightning_logs/version_0 is still going on: stop it first\n",
+    )
+    running.send(signal.SIGKILL)
+    running.end()
+
+
+# The same bytes
+
+
+def test_a_run_repeated_gives_the_same_bytes_with_as_many_threads(whole):
+    """With two threads sums are taken in another order than with one, so that runs differ in their last digits."""
+    folder, _ = whole
+    assert finish([*SHORT, "--name", "again"], folder)[0] == 0
+    assert_same_run(folder / LOGS / "again", folder / LOGS / "whole")
+    assert finish([*TINY, "--name", "one"], folder)[0] == 0
+    for name in ("two", "two_again"):
+        assert finish([*TINY, "--name", name], folder, meddle=two_threads)[0] == 0
+    assert_same_run(folder / LOGS / "two_again", folder / LOGS / "two")
+    one, two = (columns_without_times(folder / LOGS / name / "metrics.csv") for name in ("one", "two"))
+    for row, expected in zip(one[1:], two[1:], strict=True):
+        assert numbers(row) == pytest.approx(numbers(expected), rel=1e-4, abs=1e-5)
+
+
+# Any bytes
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["MLP", "log:5", "1e-3"])
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3)
+)
+NAMES = st.sampled_from(sorted(set(flags.DEFAULTS) - {"config"})) | st.text(max_size=8)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tmp_path_factory.mktemp("config") / "run.yaml"
+
+
+@pytest.fixture
+def args_or_sentence(capsys):
+    """Reads a command line: all flags, or None after exactly one sentence."""
+
+    def read(argv):
+        capsys.readouterr()
+        try:
+            args = get_args(argv)
+        except SystemExit as end:
+            text = capsys.readouterr().err
+            assert end.code == 2 and text.startswith("main.py: error: ") and text.count("\n") == 1
+            return None
+        assert set(vars(args)) == set(flags.DEFAULTS)
+        return args
+
+    return read
+
+
+@FUZZ
+@given(content=st.dictionaries(NAMES, VALUES, max_size=4))
+def test_any_yaml_mapping_is_a_config_or_refused_in_a_sentence(content, config, args_or_sentence):
+    config.write_text(yaml.safe_dump(content))
+    args_or_sentence(["-c", str(config)])
+
+
+@FUZZ
+@given(content=st.binary(max_size=200) | st.text(alphabet="-:[]{}&*!#|>'\"\n ab1.,", max_size=80).map(str.encode))
+@example(content=b"widths: &a [*a]")
+@example(content=b"a: &a [x, x]\nb: &b [*a, *a]\nwidths: [*b, *b]")
+@example(content=b"epochs: " + b"9" * 5000)
+@example(content=b"[" * 3000)
+@example(content=b'name: "\\ud800"')
+@example(content=b'name: "\\0"')
+@example(content=b"epochs: 1_0\nepochs: 0x10")
+@example(content=b"? [a]\n: 1")
+def test_any_bytes_are_a_config_or_refused_in_a_sentence(content, config, args_or_sentence):
+    config.write_bytes(content)
+    args_or_sentence(["-c", str(config)])
+
+
+@FUZZ
+@given(
+    patterns=st.lists(st.text(max_size=8) | st.from_regex(r"(log:)?[0-9]{1,9}", fullmatch=True), min_size=1, max_size=4)
+)
+@example(patterns=["log:٣"])
+@example(patterns=["²"])
+def test_any_epoch_patterns_give_epochs_of_the_run_or_are_refused(patterns, args_or_sentence):
+    args = args_or_sentence(["-e", "50", "--measure-at", *patterns])
+    if args and args.measure_at:
+        assert epochs_to_measure(args) <= set(range(51))
+
+
+@FUZZ
+@given(patterns=st.lists(st.text(alphabet="hiden12*?[]!-^\\.", max_size=12), min_size=1, max_size=3))
+@example(patterns=["[z-a]"])
+@example(patterns=["*" * 12 + "!"])
+def test_any_layer_patterns_choose_layers_in_order_or_are_refused(patterns):
+    layers = ["hidden1", "hidden2", "features.1.0", "avgpool"]
+    try:
+        chosen = utils.layers_matching(patterns, layers, "--layers")
+    except WrongFlag as error:
+        assert "--layers" in str(error)
+    else:
+        assert chosen and chosen == [layer for layer in layers if layer in chosen]
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_checkpoint_with_any_flipped_or_missing_bytes_is_read_as_data_or_refused(data, finished, config):
+    content = bytearray((finished / "checkpoints/last.ckpt").read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.sampled_from([len(content), len(content) // 2, 100]))]
+    path = config.with_name("fuzzed.ckpt")
+    path.write_bytes(content)
+    try:
+        assert isinstance(read_checkpoint(path)["epoch"], int)
+    except UserError as error:
+        assert "fuzzed.ckpt" in str(error)
+
+
+@FUZZ
+@given(content=st.binary(max_size=100) | st.text(alphabet='epoch,0123456789.\n\r"', max_size=60).map(str.encode))
+@example(content=b"epoch,a\n0,1,2\n")
+@example(content=b"epoch\n\n")
+def test_any_bytes_are_a_table_to_go_on_with_or_refused(content, config):
+    path = config.with_name("metrics.csv")
+    path.write_bytes(content)
+    try:
+        table = EpochTable(path, ("epoch",), keep_to=3)
+    except UserError as error:
+        assert "metrics.csv" in str(error)
+    else:
+        table.rows()
+
+
+def test_the_first_signal_decides_the_status():
+    number = Interrupted(signal.SIGTERM)
+    assert number.status == 143 and str(number) == "ended by SIGTERM"
+    assert Interrupted(signal.SIGINT).status == 130
