@@ -211,10 +211,10 @@ class DecodableInformation(Measure):
 
     def _tell_cost(self, seconds: float, epoch: int) -> None:
         """After the first measurement: how long the others will take."""
-        if self.say and self.epochs is not None:
-            left = sum(due > epoch for due in self.epochs)
+        left = sum(due > epoch for due in self.epochs or ())
+        if self.say and left:
             self.say(
-                f"DIB      took {seconds:.3g} s at epoch {epoch}: about {seconds * left:.3g} s more for {left} epochs"
+                f"DIB      took {seconds:.3g} s at epoch {epoch}: about {seconds * left:.3g} s for the {left} to come"
             )
         self.say = None
 

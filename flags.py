@@ -83,7 +83,7 @@ DEFAULTS = {
     "cache_gb": None,
     "dib_layers": None,
     "dib_epochs": 10,
-    "dib_lr": 3e-2,
+    "dib_lr": 3e-3,
     "dib_batch_size": 512,
     "dib_optimizer": "adam",
     "dib_init": "reset",
@@ -92,13 +92,15 @@ DEFAULTS = {
 
 # What makes the bare command good. A pair (model, dataset) goes before the model alone.
 PRESETS = {
-    ("MLP",): {"epochs": 10, "learning_rate": 2e-3, "warmup": 0.2},
+    ("MLP",): {"epochs": 10, "learning_rate": 2e-3, "warmup": 0.2, "dib_epochs": 5},
     ("MLP", "SZT"): {
         "widths": [10, 7, 5, 4, 3],
         "nonlinearity": "tanh",
         "epochs": 200,
         "learning_rate": 1e-2,
         "warmup": 0.1,
+        "dib_epochs": 10,
+        "dib_lr": 3e-2,
     },
     ("MNISTNet",): {
         "epochs": 3,
@@ -157,6 +159,7 @@ FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices",
                   "num_nodes", "plots", "strategy")  # fmt: skip
 OF_SEVERAL = ("widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")  # take more than one value
 MAX_EPOCHS = 10**6  # the epochs to measure are listed
+MAX_NAME = 255  # bytes in a file's name
 MLP_FLAGS = {"widths": "-w/--widths", "nonlinearity": "-nl/--nonlinearity", "batch_norm": "--batch-norm"}
 
 
@@ -466,6 +469,10 @@ def _as_argv(parser: _Parser, name: str, value: object) -> list[str]:
     return [f"{flag}={value}"]
 
 
+def _names_a_folder(name: str) -> bool:
+    return Path(name).name == name and name not in ("", ".", "..") and len(name.encode()) <= MAX_NAME
+
+
 def _refuse_bad_combinations(parser: _Parser, given: dict, flags: dict) -> None:
     error = parser.error
     dataset, model = flags["dataset"], flags["model"]
@@ -491,7 +498,7 @@ def _refuse_bad_combinations(parser: _Parser, given: dict, flags: dict) -> None:
     late = [item for item in flags["measure_at"] or [] if item.isdigit() and int(item) > flags["epochs"]]
     if late:
         error(f"argument --measure-at: epoch {late[0]} is behind the last one, {flags['epochs']}")
-    if flags["name"] is not None and (Path(flags["name"]).name != flags["name"] or flags["name"] in ("", ".", "..")):
+    if flags["name"] is not None and not _names_a_folder(flags["name"]):
         error(f"argument --name: {flags['name']!r} is not the name of a folder")
     if flags["resume"] and flags["measure"]:
         error("argument --measure: not allowed with --resume")
