@@ -12,7 +12,7 @@ run: $(VENV)/core
 	$(BIN)/python main.py $(ARGS)
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 torture: $(VENV)/test
 	$(BIN)/python -m pytest -s tests/torture.py $(ARGS)
