@@ -112,6 +112,7 @@ class Hostile:
         return os.mkdir, (str(Hostile.target),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_checkpoint_that_holds_code_is_refused_and_nothing_of_it_runs(tmp_path):
     Hostile.target = tmp_path / "hacked"
     torch.save({"state_dict": Hostile(), "hyper_parameters": {}, "epoch": 0}, tmp_path / "evil.ckpt")
