@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pkgutil
 import random
+import resource
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("main", "utils", "lr_range_test", "torchvision", "yaml", "pytest")
-SHORT = ["-e", "6", "--rank", "--dib-epochs", "1", "--save-every", "3", "--no-plots", "--quiet"]
+SHORT = ["-e", "6", "--rank", "--dib-epochs", "1", "--dib-save", "--save-every", "3", "--no-plots", "--quiet"]
 Meddling = Callable[[], object]  # what is done in the process before the run starts
 
 
@@ -142,10 +143,10 @@ def two_threads() -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """As a batch system does."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    """Allow that much more than the process has now, as a batch system does."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + num_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def columns_without_times(path: Path) -> list[list[str]]:

@@ -29,6 +29,7 @@ from processes import (
     interrupt_in_a_destructor,
     kill_and_resume,
     leftovers,
+    limit_memory,
     moments,
     press_often,
     signal_at,
@@ -180,7 +181,7 @@ def test_a_run_interrupted_in_its_range_test_makes_it_again_when_resumed(tmp_pat
 @pytest.mark.parametrize("meddle", [press_often, interrupt_in_a_destructor])
 def test_further_signals_are_harmless_and_one_that_gets_lost_comes_again(meddle, tmp_path):
     """Pressed three times, then while all is torn down; or while an object is destroyed, where Python drops it."""
-    status, text = finish(["-e", "5000", *SHORT[2:]], tmp_path, meddle=meddle)
+    status, text = finish([*SHORT, "-e", "5000"], tmp_path, meddle=meddle)
     assert status == 130
     assert text == "main.py: ended by Ctrl-C; `python main.py --resume lightning_logs/version_0` goes on\n"
 
@@ -239,10 +240,10 @@ def test_a_requeue_that_fails_is_said(tmp_path, scontrol):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of half a megabyte."""
+    """A disk of 8 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", disk], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], capture_output=True)
     if mount.returncode:
         pytest.skip("mounting is not permitted here")
     yield disk
@@ -466,6 +467,15 @@ def test_out_of_memory_in_training_names_the_batch_size_and_what_to_try(capsys, 
     monkeypatch.setattr(Classifier, "training_step", exhausted)
     assert main.main([*TINY, "-b", "100"]) == 1
     assert "--batch-size than 100" in told(capsys)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_a_run_that_reaches_its_memory_limit_in_training_is_one_sentence(tmp_path):
+    """Weights and gradients fit into 400 MB, Adam's averages, 128 MB each, do not."""
+    line = ["-w", "5600", "5600", "-e", "1", "--no-nc", "--no-dib", "--no-plots", "--quiet"]
+    status, text = finish(line, tmp_path, meddle=partial(limit_memory, 400_000_000))
+    assert status == 1 and text.count("\n") == 1, text
+    assert "out of memory" in text and "--batch-size" in text
 
 
 def test_a_network_that_no_memory_holds_is_one_sentence(capsys):
