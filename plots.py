@@ -295,7 +295,7 @@ def figures(runs: Run | Sequence[Run]) -> Iterator[tuple[str, Figure]]:
 
 def write(figure: Figure, path: Path) -> Path:
     """Writes a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(unfinished, format=path.suffix[1:])
