@@ -78,6 +78,12 @@ MNIST_CHECKSUMS = {
 MNIST_LENGTHS = (60_000, 10_000)  # training and test samples of the published files
 PATIENCE = 10.0  # seconds that a silent server is waited for
 
+PUBLISHED_SHAPES = {  # shape of a sample and number of classes, known without the data
+    "SZT": ((12,), 2),
+    "MNIST": ((1, 28, 28), 10),
+    "FashionMNIST": ((1, 28, 28), 10),
+    "CIFAR10": ((3, 32, 32), 10),
+}
 IMAGE_SHIFT = 2  # pixels
 GREY_MODES = ("1", "L", "LA")  # of PIL
 DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits per channel
@@ -137,6 +143,14 @@ def load(name: str, data_dir: str | os.PathLike = "data", limit: int | None = No
     if os.path.isdir(folder):
         return _image_folder(Path(folder), limit)
     raise UserError(f"--dataset {name}: neither one of {', '.join(DATASETS)} nor a folder of images")
+
+
+def shape_and_classes(name: str) -> tuple[tuple[int, ...], int]:
+    """The shape of a sample and the number of classes; published sets need not be downloaded for that."""
+    if name in PUBLISHED_SHAPES:
+        return PUBLISHED_SHAPES[name]
+    dataset = load(name)
+    return dataset.shape, dataset.num_classes
 
 
 def _first(dataset: Dataset, limit: int | None) -> Dataset:

@@ -146,12 +146,13 @@ def draw(folder: Path, figure: str) -> Path:
 def list_layers(args: Namespace) -> None:
     """Print name, shape and dimension of every layer that can be measured."""
     from console import layer_table
+    from datasets import shape_and_classes
     from flags import flags_of_run
-    from networks import dimensions
+    from networks import Classifier, dimensions
 
-    data = load_data(args)
-    module = new_classifier(flags_of_run(args), data)
-    print(layer_table(dimensions(module.network, data.dataset.shape)))
+    shape, num_classes = shape_and_classes(args.dataset)
+    module = Classifier.from_flags(flags_of_run(args), shape, num_classes)
+    print(layer_table(dimensions(module.network, shape)))
 
 
 def load_data(args: Namespace) -> Data:

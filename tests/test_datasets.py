@@ -968,3 +968,9 @@ def test_digit_entropies_by_hand():
     expected = [0.0, 0.5 * math.log(2) + 0.5 * math.log(4)]
     assert digit_entropies(digits, 3).tolist() == pytest.approx(expected, abs=1e-15)  # float64 rounding
     assert digit_entropies(torch.empty(4, 0, dtype=torch.int64), 3).tolist() == []
+
+
+def test_the_shapes_known_without_data_are_those_of_the_data():
+    assert set(datasets.PUBLISHED_SHAPES) == set(datasets.DATASETS)
+    szt = datasets.load("SZT")
+    assert datasets.shape_and_classes("SZT") == (szt.shape, szt.num_classes)

@@ -140,6 +140,12 @@ def test_list_layers(image_folder, capsys):
     assert not Path("lightning_logs").exists()
 
 
+def test_list_layers_needs_no_download(capsys):
+    assert main.main(["--list-layers", "-m", "ResNet", "-d", "CIFAR10", "--data-dir", "empty"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["layer1.0", "64", "×", "32", "×", "32", "65536"]
+
+
 def test_range_test_then_training_is_training_at_that_rate(capsys):
     assert main.main([*SHORT, "--lr-range-test"]) == 0
     run = Path("lightning_logs/version_0")
