@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from errors import Interrupted
+
 Item = TypeVar("Item")
 
 MEASURES = {
@@ -25,6 +27,7 @@ MEASURES = {
 }
 UNWANTED_WARNINGS = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's way of asking torch
+    ".*sync_dist=True.*",  # what is logged is that of all ranks already
 )
 
 
@@ -66,6 +69,16 @@ class Console(Callback):
 
     def _without_bar(self) -> bool:
         return self.quiet or not sys.stderr.isatty()
+
+
+class OwnSignals(Callback):
+    """Takes the signals back from Lightning, whose handler waits for other ranks, which may never answer."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Interrupted.take_signals()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Interrupted.take_signals()
 
 
 def epoch_line(epoch: int, num_epochs: int, values: Mapping[str, float]) -> str:
@@ -170,5 +183,6 @@ def silence_libraries() -> None:
     """Keep quiet about what the program chose itself, and about products."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
     for message in UNWANTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -682,6 +682,11 @@ class Batches:
             x = self[indices] if choices is None else self._augmented(indices, choices)
             yield x, self.labels[indices.to(self.device)]
 
+    def weight(self, batch_idx: int) -> float:
+        """By what to multiply this rank's mean over a batch, so that the mean over ranks is that of all its samples."""
+        start, stop = self._bounds[batch_idx]
+        return len(range(start + self._rank, stop, self._world_size)) * self._world_size / (stop - start)
+
     def __getitem__(self, indices: Tensor) -> Tensor:
         return self._normalised(self._fetched(indices))
 

@@ -8,6 +8,7 @@ are trained stands in `heads.py`.
 Letters: N samples, B batch, C classes, K digits (N_D in the paper), E head epochs, A heads that are trained together.
 """
 
+import heapq
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,8 @@ from torch.nn import functional as F
 from datasets import decodable_labels, digit_entropies
 from errors import UserError
 from heads import ENGINES, Budget, Family, Head, Samples, bundles, fastest, groups, own_copy, parts, train
-from measures import Measure, sum_over_ranks, untouched
+from measures import Measure, untouched
+from ranks import ALONE, Ranks
 from run_folder import EpochTable, save_whole
 
 COLUMNS = ("epoch", "layer", "digit", "head_epoch", "cross_entropy")
@@ -36,7 +38,7 @@ class DIB:
 
     `curves[layer]` is float64 (E + 1, K): over the whole training set, after 0, 1, … E head epochs. A head
     that diverged is nan there, and so is one left out by `heads`; `states` holds the weights, where they were
-    asked for.
+    asked for, on the first rank.
     """
 
     digit_entropies: Tensor  # H(Y_k), float64 (K,)
@@ -75,6 +77,7 @@ def decodable_information(
     engine: str | None = None,
     keep_states: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> DIB:
     """What fresh decoders after each layer learn about each digit of the samples' indices in their classes.
 
@@ -93,7 +96,7 @@ def decodable_information(
         network: has `layers`, `feature_extractor(x)`, `get_encoder_decoder(layer)` and, if its modules' own
             `reset_parameters()` are not how it starts, `reset(module)`.
         inputs: gives the samples for a LongTensor of indices: a tensor, or `datasets.Batches`.
-        heads: the (layer, digit) pairs to train (default all), so that several processes can share them out.
+        heads: the (layer, digit) pairs to train (default all).
         init: "copy" starts from the network's own decoder as it is, last bias and statistics included.
         epoch: the network's; every one draws its own heads and minibatches.
         cache_bytes: for activations (default: a quarter of the free memory). Layers that do not fit are
@@ -103,6 +106,7 @@ def decodable_information(
         engine: a key of ENGINES for all heads instead of the fastest one for each; numbers agree to rounding.
         keep_states: return the heads' weights as well, on the CPU.
         progress: is told (steps done, steps in all) after every training step.
+        ranks: the processes that share the heads out. All need all inputs, and get all values.
     """
     budget = Budget(epochs, learning_rate, batch_size, optimizer, init, seed, epoch)
     layers = tuple(network.layers if layers is None else layers)
@@ -112,13 +116,14 @@ def decodable_information(
     if num_digits == 0:
         raise UserError("No class has two samples, so DIB has no index to decode; take more samples.")
     wanted = {(layer, k) for layer in layers for k in range(num_digits)} if heads is None else set(heads)
-    curves = {layer: torch.full((epochs + 1, num_digits), torch.nan, dtype=torch.float64) for layer in layers}
+    curves = {layer: torch.zeros(epochs + 1, num_digits, dtype=torch.float64) for layer in layers}
     states: dict[Head, dict[str, Tensor]] = {}
     with torch.inference_mode(False), untouched(network):
         samples = Samples(network, inputs, digits.T.contiguous())
         log_p = log_frequencies(digits, num_classes)
         own = own_copy(network)
-        families = [Family(own, samples.pair, heads, log_p, budget) for heads in by_layer(layers, wanted)]
+        mine = shared_out(wanted, costs(own, samples.pair, layers), ranks) if ranks.num > 1 else wanted
+        families = [Family(own, samples.pair, heads, log_p, budget) for heads in by_layer(layers, mine)]
         plan = bundles(groups(families, engine), samples, cache_bytes)
         advance = counter(progress, len(plan) * epochs * len(parts(len(digits), batch_size)))
         for bundle, keep in plan:
@@ -129,13 +134,43 @@ def decodable_information(
                 curves[layer][:, digit] = losses[:, i]
             if keep_states:
                 states |= {head: state for heads in stacks for head, state in heads.states().items()}
+    curves = {layer: ranks.sum(curve) for layer, curve in curves.items()}  # zero where another rank trained
+    for layer, digit in {(layer, k) for layer in layers for k in range(num_digits)} - wanted:
+        curves[layer][:, digit] = torch.nan
     warn_of_diverged(curves, wanted)
+    if keep_states:
+        states = {head: state for of_rank in ranks.gathered(states) for head, state in of_rank.items()}
     return DIB(digit_entropies(digits, num_classes).cpu(), curves, states)
 
 
 def sufficiency(cross_entropy: float, labels: Tensor, num_classes: int) -> float:
     """H(Y) − CE in nats, CE being the network's own mean cross-entropy over the samples with these labels."""
     return digit_entropies(labels[:, None], num_classes).item() - cross_entropy
+
+
+def costs(network: nn.Module, pair: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, int]:
+    """What a head of each layer costs, relative to the others: the operations of its forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes long to import, and one process does without
+
+    operations = {}
+    for layer in layers:
+        _, decoder = network.get_encoder_decoder(layer)
+        with FlopCounterMode(display=False) as counter:
+            decoder.eval()(pair[layer].to(next(decoder.parameters()).dtype))
+        operations[layer] = counter.get_total_flops()
+    return operations
+
+
+def shared_out(heads: Iterable[Head], costs: Mapping[str, int], ranks: Ranks) -> set[Head]:
+    """This rank's heads: each, the costliest first, goes to the rank that has the least to do."""
+    loads = [(0, index) for index in range(ranks.num)]
+    mine = set()
+    for layer, digit in sorted(heads, key=lambda head: (-costs[head[0]], head)):
+        load, index = heapq.heappop(loads)
+        heapq.heappush(loads, (load + costs[layer], index))
+        if index == ranks.index:
+            mine.add((layer, digit))
+    return mine
 
 
 def by_layer(layers: Sequence[str], heads: set[Head]) -> list[list[Head]]:
@@ -233,6 +268,7 @@ class DecodableInformation(Measure):
                 cache_bytes=self.cache_bytes,
                 keep_states=self.states is not None,
                 progress=self._bar(),
+                ranks=Ranks.of(trainer),
                 **self.budget,
             )
 
@@ -244,7 +280,7 @@ class DecodableInformation(Measure):
                 with precision.forward_context():
                     logits = pl_module.network(precision.convert_input(x))
                 total = total + F.cross_entropy(logits.double(), y, reduction="sum")
-            cross_entropy = float(sum_over_ranks(trainer)(total)) / len(batches.labels)
+            cross_entropy = float(Ranks.of(trainer).sum(total)) / len(batches.labels)
             values[f"dib/sufficiency/{split}"] = sufficiency(
                 cross_entropy, batches.labels, pl_module.hparams.num_classes
             )

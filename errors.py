@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from collections.abc import Callable
+from typing import ClassVar
 
 AGAIN = 1.0  # seconds of computing after which an interruption that got lost is repeated
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch's words, of CUDA, CPU and libraries
@@ -33,6 +35,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Interrupted(BaseException):
     """A signal asked the program to end. No `Exception`, so that nothing on the way takes it for a failure."""
 
+    handlers: ClassVar[dict[int, Callable[[int, object], None]]] = {}
+
     def __init__(self, number: int):
         super().__init__(f"ended by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
         self.number = number
@@ -58,7 +62,13 @@ class Interrupted(BaseException):
             signal.setitimer(signal.ITIMER_PROF, AGAIN)
             raise cls(first[0])
 
-        for number in (*numbers, signal.SIGPROF):
+        cls.handlers = dict.fromkeys((*numbers, signal.SIGPROF), handler)
+        cls.take_signals()
+
+    @classmethod
+    def take_signals(cls) -> None:
+        """Be the one whom the signals reach, also after a library took them."""
+        for number, handler in cls.handlers.items():
             signal.signal(number, handler)
 
     @staticmethod

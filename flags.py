@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ranks
 import slurm
 
 MODELS = ("MLP", "MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")
@@ -19,6 +20,7 @@ DATASETS = ("SZT", "MNIST", "FashionMNIST", "CIFAR10")
 NONLINEARITIES = ("tanh", "relu", "gelu", "silu", "sigmoid", "leaky_relu", "elu", "identity")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 
 DEFAULTS = {
@@ -224,7 +226,8 @@ class _Parser(argparse.ArgumentParser):
     source = ""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {self.source}{message}\n")
+        known = ranks.name_by_environment()  # then the first rank says the same
+        self.exit(2, None if known else f"{self.prog}: error: {self.source}{message}\n")
 
 
 def _number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
@@ -300,7 +303,7 @@ def _add_run(parser: _Parser) -> None:
     add("--accelerator", choices=("auto", "cpu", "gpu"), help="where to compute")
     add("--devices", type=_number(int, 1), metavar="N", help="number of devices per machine")
     add("--num-nodes", type=_number(int, 1), metavar="N", help="number of machines")
-    add("--strategy", metavar="NAME", help="Lightning's strategy for several devices: ddp, fsdp, …")
+    add("--strategy", choices=STRATEGIES, help="Lightning's strategy; for several devices auto is ddp")
     add("--precision", choices=PRECISIONS, help="number format of training")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the network with torch.compile")
     add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format that convolutions on GPUs like")

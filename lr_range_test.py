@@ -13,6 +13,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from errors import UserError
+from ranks import Ranks
 from run_folder import EpochTable
 
 COLUMNS = ("step", "lr", "loss", "smoothed")
@@ -38,7 +39,8 @@ class RisingRate(Callback):
         self.rates.append(rate)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: dict, *_: object) -> None:
-        self.losses.append(float(outputs["loss"]))
+        ranks = Ranks.of(trainer)
+        self.losses.append(float(ranks.sum(outputs["loss"].double())) / ranks.num)
         trainer.should_stop = diverged(self.losses)
 
 
@@ -53,7 +55,8 @@ def lr_range_test(
     smooth = smoothed(ramp.losses)
     steps = range(1, len(smooth) + 1)
     rows = zip(steps, ramp.rates, ramp.losses, smooth, strict=True)
-    EpochTable(folder / "lr_range_test.csv", COLUMNS).add(*(dict(zip(COLUMNS, row, strict=True)) for row in rows))
+    if trainer.is_global_zero:
+        EpochTable(folder / "lr_range_test.csv", COLUMNS).add(*(dict(zip(COLUMNS, row, strict=True)) for row in rows))
     return chosen_rate(ramp.rates, smooth)
 
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
+import ranks
 import slurm
 from errors import Interrupted, UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from pathlib import Path
 
     from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
 
+    from console import Console
     from datasets import Data
     from networks import Classifier
+    from run_folder import RunFolder, RunRecord
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout = sys.stderr  # the full disk or closed pipe is asked no more
         return ended(f"{error.filename or 'standard output'}: {error.strerror}", 1)
     except (RuntimeError, MemoryError) as error:
+        if ranks.is_lost_rank(error):
+            return ended(ranks.LOST, 1)
         if not is_out_of_memory(error):
             raise
         return ended(
@@ -54,14 +60,19 @@ def main(argv: list[str] | None = None) -> int:
         )
     except Interrupted as signal_:
         Interrupted.over()
+        if ranks.name_by_environment():
+            return signal_.status  # the first rank says it
         ended(signal_, signal_.status)
         return ended(slurm.requeue(), signal_.status) if signal_.number == signal.SIGUSR1 else signal_.status
     return 0
 
 
 def ended(why: object, status: int) -> int:
-    """Say why the program ends early; the exit status."""
-    print(f"main.py: {why}", file=sys.stderr)
+    """Say why the program ends early; the exit status. What happens to all ranks the first one says."""
+    rank = ranks.name_by_environment()
+    if rank:
+        time.sleep(ranks.COURTESY)  # with the first one gone, this process is ended meanwhile
+    print(f"main.py: {rank}{why}", file=sys.stderr)
     return status
 
 
@@ -70,7 +81,7 @@ def train(args: Namespace) -> None:
     from functools import partial
 
     import utils
-    from console import Console, banner, closing
+    from console import Console, banner
     from flags import flags_of_run
     from lr_range_test import lr_range_test
     from run_folder import RunFolder, RunRecord, read_checkpoint
@@ -79,10 +90,12 @@ def train(args: Namespace) -> None:
     data = load_data(args)
     module = new_classifier(flags, data)
     layers = utils.layers_to_measure(args, module.network.layers)
-    about = facts(new_trainer(args), module, data, layers)  # what the machine lacks is said while there is no folder
+    trainer = new_trainer(args)
+    about = facts(trainer, module, data, layers)  # what the machine lacks is said while there is no folder
 
-    console = Console(quiet=args.quiet)
-    with RunFolder.of(args) as folder:
+    us = ranks.assemble(trainer)
+    console = Console(quiet=args.quiet or not us.is_first)
+    with RunFolder.of(args, us) as folder:
         record = RunRecord(folder, save_every=args.save_every)
         callbacks = [*utils.measures(args, layers, folder, console), console, record]
         if folder.checkpoint:
@@ -93,22 +106,19 @@ def train(args: Namespace) -> None:
             flags["learning_rate"] = lr_range_test(module, data, folder.path, partial(new_trainer, args))
             module = new_classifier(flags, data)  # the test has spent the other one
             folder.write_hparams(flags, about)
-            figure = draw(folder.path, "lr_range_test")
-            console.say(f"the range test chose the learning rate {flags['learning_rate']:g}, see {figure}")
+            console.say(f"the range test chose the learning rate {flags['learning_rate']:g}")
+            draw(folder, "lr_range_test", console)
         if args.lr_range_test == "only":
             return
         trainer = new_trainer(args, callbacks=callbacks, num_sanity_val_steps=0 if folder.checkpoint else -1)
         trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint)
-        console.say(closing(record.table.rows(), layers))
-        if args.plots:
-            console.say(f"summary in {draw(folder.path, 'summary')}")
-        print(f"results in {folder.path}")
+        conclude(args, record, layers, console)
 
 
 def measure(args: Namespace) -> None:
     """Measure a saved network and leave the results in a folder of their own."""
     import utils
-    from console import Console, banner, closing
+    from console import Console, banner
     from flags import flags_of_run
     from networks import Classifier
     from run_folder import RunFolder, RunRecord, read_checkpoint
@@ -117,10 +127,12 @@ def measure(args: Namespace) -> None:
     data = load_data(args)
     module = Classifier.from_checkpoint(content, args.measure, data.dataset.shape, data.dataset.num_classes)
     layers = utils.layers_to_measure(args, module.network.layers)
-    about = facts(new_trainer(args), module, data, layers) | {"measured": args.measure}
+    trainer = new_trainer(args)
+    about = facts(trainer, module, data, layers) | {"measured": args.measure}
 
-    console = Console(quiet=args.quiet)
-    with RunFolder.of(args) as folder:
+    us = ranks.assemble(trainer)
+    console = Console(quiet=args.quiet or not us.is_first)
+    with RunFolder.of(args, us) as folder:
         console.say(banner(args, about, folder.path))
         folder.write_hparams(flags_of_run(args), about)
         measures, record = utils.measures(args, layers, folder, console), RunRecord(folder)
@@ -130,17 +142,28 @@ def measure(args: Namespace) -> None:
         for measure in measures:
             measure.measure_now(trainer, module, epoch=content["epoch"] + 1)
         record.write_row(trainer, module, epoch=content["epoch"] + 1)
+        conclude(args, record, layers, console)
+
+
+def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Console) -> None:
+    """Say what came out and where it lies."""
+    from console import closing
+
+    folder = record.folder
+    if folder.is_ours:
         console.say(closing(record.table.rows(), layers))
         if args.plots:
-            console.say(f"summary in {draw(folder.path, 'summary')}")
+            draw(folder, "summary", console)
         print(f"results in {folder.path}")
 
 
-def draw(folder: Path, figure: str) -> Path:
+def draw(folder: RunFolder, figure: str, console: Console) -> None:
     """Leave one of the figures of `plots.py` in a run's folder."""
     import plots
 
-    return plots.write(getattr(plots, figure)(plots.load([folder])), folder / f"{figure}.png")
+    if folder.is_ours:
+        path = plots.write(getattr(plots, figure)(plots.load([folder.path])), folder.path / f"{figure}.png")
+        console.say(f"{figure.replace('_', ' ')} in {path}")
 
 
 def list_layers(args: Namespace) -> None:
@@ -186,7 +209,7 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
 
-    from console import silence_libraries
+    from console import OwnSignals, silence_libraries
     from run_folder import WholeCheckpoints
 
     silence_libraries()
@@ -194,7 +217,7 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
         "accelerator": args.accelerator,
         "devices": args.devices,
         "num_nodes": args.num_nodes,
-        "strategy": args.strategy,
+        "strategy": new_strategy(args),
         "precision": args.precision,
         "deterministic": args.deterministic,
         "max_epochs": args.epochs,
@@ -203,12 +226,25 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
         "enable_model_summary": False,
         "use_distributed_sampler": False,
         "plugins": [WholeCheckpoints()],
-    } | options
+        **options,
+        "callbacks": [OwnSignals(), *options.get("callbacks", ())],
+    }
     try:
         return Trainer(**options)
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         flags = "--accelerator, --devices, --num-nodes, --strategy, --precision"
         raise UserError(f"one of {flags} does not fit this machine: {' '.join(str(error).split())}") from None
+
+
+def new_strategy(args: Namespace) -> Strategy | str:
+    """How several processes train together; a single one needs nothing of it."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    if args.strategy == "auto" and args.devices * args.num_nodes == 1:
+        return "auto"
+    return DDPStrategy(
+        timeout=ranks.PATIENCE, find_unused_parameters=args.strategy == "ddp_find_unused_parameters_true"
+    )
 
 
 def facts(trainer: Trainer, module: Classifier, data: Data, layers: list[str]) -> dict[str, Any]:

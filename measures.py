@@ -20,10 +20,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from errors import NotFinite, UserError, is_out_of_memory
+from ranks import ALONE, Ranks
 
 Batch = tuple[dict[str, Tensor], Tensor]  # {layer: activations (B, d)}, labels (B,)
 Features = Callable[[Tensor], dict[str, Tensor]]
-Reduce = Callable[[Tensor], Tensor]  # the sum of a tensor over all ranks, on every rank
 
 CACHE_SHARE = 0.25  # of free memory: the rest is for the forward pass and for what else runs on the machine
 PIECE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}  # in float64 2 MB, which a CPU's cache holds, and 256 MB
@@ -31,11 +31,6 @@ MIN_ELEMENTS = 2**16  # below, calling torch costs more than what it computes
 MAX_ONE_HOT_CLASSES = 32  # up to here a matrix product sums classes faster than adding row by row does
 MOST_PARTS = 64  # into which a batch is cut before memory counts as exhausted
 FLOAT32_EPS = torch.finfo(torch.float32).eps
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The sum over ranks where there is only one."""
-    return tensor
 
 
 class Activations:
@@ -225,10 +220,10 @@ class Means(NamedTuple):
 
 
 def class_means(
-    activations: Iterable[Batch], num_classes: int, reduce: Reduce = alone
+    activations: Iterable[Batch], num_classes: int, ranks: Ranks = ALONE
 ) -> tuple[dict[str, Means], Tensor]:
     """Every layer's means, and the class counts (C,), from one pass over the data."""
-    sums, counts = class_sums(activations, num_classes, reduce)
+    sums, counts = class_sums(activations, num_classes, ranks)
     return {layer: centred(sums.pop(layer), counts) for layer in list(sums)}, counts
 
 
@@ -241,7 +236,9 @@ def centred(sums: Tensor, counts: Tensor) -> Means:
     return Means(mu, M, coincide=bool(torch.linalg.vector_norm(M) <= floor))
 
 
-def class_sums(activations: Iterable[Batch], num_classes: int, reduce: Reduce) -> tuple[dict[str, Tensor], Tensor]:
+def class_sums(
+    activations: Iterable[Batch], num_classes: int, ranks: Ranks = ALONE
+) -> tuple[dict[str, Tensor], Tensor]:
     """Every layer's sums over classes, {layer: (C, d)} in float64, and the class counts (C,)."""
     sums: dict[str, Tensor] = {}
     counts, num_samples = 0, 0
@@ -255,11 +252,11 @@ def class_sums(activations: Iterable[Batch], num_classes: int, reduce: Reduce) -
         del batch  # its memory is the next one's
     if not num_samples:
         raise UserError("There is no sample to measure.")
-    counts = reduce(torch.cat([counts, counts.new_tensor([num_samples])]))
+    counts = ranks.sum(torch.cat([counts, counts.new_tensor([num_samples])]))
     counts, num_samples = counts[:-1], counts[-1]
     if counts.sum() != num_samples:
         raise UserError(f"There are labels outside 0 to {num_classes - 1}, the {num_classes} classes.")
-    sums = {layer: reduce(s) for layer, s in sums.items()}
+    sums = {layer: ranks.sum(s) for layer, s in sums.items()}
     check_finite(sums)
     return sums, counts
 
@@ -354,6 +351,7 @@ class Measure(Callback):
     def measure_now(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         """Measure the module as it is and publish the results as those of this epoch."""
         start = time.perf_counter()
+        Ranks.of(trainer).share_buffers(pl_module)
         try:
             values = self._measure_within_memory(trainer, pl_module, epoch)
         except UserError as error:
@@ -410,11 +408,6 @@ class Measure(Callback):
     def shown(self, batches: Iterable, split: str) -> Iterable:
         """The same under a progress bar, each time they are iterated."""
         return Shown(batches, f"{self.name} {split}", self.progress) if self.progress else batches
-
-
-def sum_over_ranks(trainer: Trainer) -> Reduce:
-    """Sums a tensor over the trainer's processes; where there is one, the tensor is the sum."""
-    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")
 
 
 class Parts:

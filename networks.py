@@ -23,6 +23,7 @@ from torchvision.models import convnext_tiny, resnet18
 from torchvision.models.convnext import CNBlock
 
 from errors import UserError
+from ranks import Ranks
 from seeds import seed_from
 
 NONLINEARITIES = {
@@ -490,6 +491,8 @@ class Classifier(LightningModule):
         logits = self.network(x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.hparams.label_smoothing)
         self._count("train", logits, y, loss)
+        if self.trainer.world_size > 1:  # shares may differ by a sample, and the mean over ranks knows nothing of it
+            loss = loss * self.trainer.train_dataloader.weight(batch_idx)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -509,8 +512,10 @@ class Classifier(LightningModule):
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         if self.hparams.lookahead and (self.global_step % LOOKAHEAD_STEPS == 0 or self._is_last_step()):
             self._look_ahead()
-        if self.trainer.is_last_batch and not self.hparams.keep_going:
-            self._refuse_broken_loss()
+        if self.trainer.is_last_batch:
+            Ranks.of(self.trainer).share_buffers(self)
+            if not self.hparams.keep_going:
+                self._refuse_broken_loss()
 
     def on_validation_epoch_end(self) -> None:
         self.values = self._means("train") | self._means("test")
@@ -521,7 +526,7 @@ class Classifier(LightningModule):
         if not self._tally["test"]:  # trained without a test set
             self.values = self._means("train")
         self.values["lr"] = self._first_lr
-        self.log_dict(self.values, rank_zero_only=True)
+        self.log_dict(self.values)
 
     def configure_optimizers(self) -> dict:
         optimizer = self._optimizer()
@@ -581,12 +586,13 @@ class Classifier(LightningModule):
         sizes = torch.tensor(sizes, dtype=torch.float64, device=self.device)
         losses = torch.stack(losses).double() * sizes
         sums = torch.stack([losses.sum(), torch.stack(correct).sum().double(), sizes.sum()])
-        loss, num_correct, num = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        loss, num_correct, num = Ranks.of(self.trainer).sum(sums).tolist()
         return {f"{split}_loss": loss / num, f"{split}_acc": num_correct / num}
 
     def _refuse_broken_loss(self) -> None:
         """End the run if a training loss was nan or infinite: what follows it would be worthless."""
         losses = torch.stack([loss for _, loss, _ in self._tally["train"]])
+        losses = Ranks.of(self.trainer).sum(losses)  # not finite where one rank's is not, and all ranks end together
         if torch.isfinite(losses).all():
             return
         step = int((~torch.isfinite(losses)).nonzero()[0])

@@ -17,15 +17,13 @@ from measures import (
     Features,
     Means,
     Measure,
-    Reduce,
-    alone,
     check_same_counts,
     class_means,
     class_members,
     joined,
     pieces,
-    sum_over_ranks,
 )
+from ranks import ALONE, Ranks
 
 CUT = 10 * torch.finfo(torch.float64).eps  # times C: eigenvalues below it are rounding errors of larger ones
 
@@ -35,7 +33,7 @@ def neural_collapse(
     batches: Iterable[tuple[Tensor, Tensor]],
     num_classes: int,
     cache_bytes: int | None = None,
-    reduce: Reduce = alone,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """NC1 = tr(Σ_W Σ_B⁺) of every layer that `features` gives: 0 when each class has collapsed to its mean.
 
@@ -53,8 +51,7 @@ def neural_collapse(
         batches: gives the same pairs (x, y) each time it is iterated, y integers below `num_classes`.
         cache_bytes: for activations kept between the passes (default: a quarter of free memory). What does
             not fit is computed twice, to the same result.
-        reduce: the sum of a tensor over ranks, when each has its own share of the data. It is called equally
-            often on all of them.
+        ranks: the processes that each have a share of the data; all get the values of the whole.
 
     Class means on a simplex of radius s, deviations ± a along every axis: NC1 = (C - 1)² a² / (d s²).
 
@@ -68,12 +65,12 @@ def neural_collapse(
     (0.0225, 0.0225)
     """
     activations = Activations(features, batches, cache_bytes)
-    means, counts = class_means(activations, num_classes, reduce)
+    means, counts = class_means(activations, num_classes, ranks)
     num_present = int((counts > 0).sum())
     projections = class_mean_projections(means, num_present)
     totals, counts_again = projected_variation(activations, projections, num_classes)
-    check_same_counts(counts, reduce(counts_again))
-    totals = reduce(torch.stack(list(totals.values()))) * num_present / counts.sum()
+    check_same_counts(counts, ranks.sum(counts_again))
+    totals = ranks.sum(torch.stack(list(totals.values()))) * num_present / counts.sum()
     nc1 = dict(zip(means, totals.tolist(), strict=True))
     undefined = [layer for layer, mean in means.items() if mean.coincide or num_present < 2]
     warn_undefined(undefined, num_present)
@@ -169,9 +166,7 @@ class NeuralCollapse(Measure):
         features = self.features(trainer, pl_module)
         for split in self.sets:
             batches = self.shown(self.batches(trainer, split), split)
-            nc1 = neural_collapse(
-                features, batches, pl_module.hparams.num_classes, self.cache_bytes, sum_over_ranks(trainer)
-            )
+            nc1 = neural_collapse(features, batches, pl_module.hparams.num_classes, self.cache_bytes, Ranks.of(trainer))
             r, slope = equiseparation(list(nc1.values()))
             values |= {f"nc1/{split}/{layer}": value for layer, value in nc1.items()}
             values |= {f"equiseparation/{split}/r": r, f"equiseparation/{split}/slope": slope}

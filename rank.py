@@ -4,7 +4,7 @@ Letters: N samples, B batch, C classes, d dimension of a layer's flattened activ
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,18 +16,17 @@ from measures import (
     Features,
     Means,
     Measure,
-    Reduce,
-    alone,
     check_same_counts,
     class_means,
     class_members,
     joined,
-    sum_over_ranks,
 )
+from ranks import ALONE, Ranks
 
 EXACT_LIMIT = 4096  # an N × N or d × d matrix of this size has 134 MB; its eigenvalues take 10 s on two CPU cores
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 CENTRED_ELEMENTS = 2**23  # of a batch, copied to float64 at once: 67 MB
+COLUMN_ELEMENTS = 2**26  # of columns over all samples, held at once: 268 MB in float32
 
 
 def rank(
@@ -39,7 +38,7 @@ def rank(
     tolerance: float | None = None,
     exact_limit: int = EXACT_LIMIT,
     seed: int = 0,
-    reduce: Reduce = alone,
+    ranks: Ranks = ALONE,
 ) -> dict[str, dict[str, float]]:
     """Every layer's rank figures: "numerical", "stable", "effective", and with "means_" before, of class means.
 
@@ -68,8 +67,8 @@ def rank(
     M is never folded.
 
     Args:
-        features, batches, cache_bytes, reduce: as for `neural_collapse`. HHᵀ needs each pair of batches: what
-            is not kept is computed again for each batch. With several ranks it is not used.
+        features, batches, cache_bytes, ranks: as for `neural_collapse`. HHᵀ needs all samples at a time, some columns
+            after the other: what is not kept is computed again each time.
         seed: of the folding; the same on every device and rank.
 
     >>> H = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # σ = sqrt(18), sqrt(2)
@@ -80,17 +79,15 @@ def rank(
     1.0
     """
     activations = Activations(features, batches, cache_bytes)
-    means, counts = class_means(activations, num_classes, reduce)
-    num_samples, num_ranks = int(counts.sum()), int(reduce(counts.new_ones(1)))
+    means, counts = class_means(activations, num_classes, ranks)
+    num_samples = int(counts.sum())
     by_samples = {
-        layer
-        for layer, mean in means.items()
-        if num_ranks == 1 and num_samples <= exact_limit and num_samples < len(mean.mu)
+        layer: mean.mu for layer, mean in means.items() if num_samples <= exact_limit and num_samples < len(mean.mu)
     }
     streamed = {layer: Gram(mean.mu, exact_limit, seed) for layer, mean in means.items() if layer not in by_samples}
-    add_all(activations, streamed, counts, reduce)
-    squares = {layer: gram.squares(reduce) for layer, gram in streamed.items()}
-    squares |= sample_squares(activations, {layer: means[layer].mu for layer in by_samples}, counts)
+    add_all(activations, streamed, counts, ranks)
+    squares = {layer: gram.squares(ranks) for layer, gram in streamed.items()}
+    squares |= sample_squares(activations, by_samples, counts, ranks)
     return {
         layer: layer_figures(mean, squares[layer], counts, tolerance, activations.dtypes[layer])
         for layer, mean in means.items()
@@ -115,9 +112,9 @@ class Gram:
             r = self.fold(r) if self.fold else r
             self.product.addmm_(r.T, r)
 
-    def squares(self, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    def squares(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """The σ² in ascending order, and their sum."""
-        return torch.linalg.eigvalsh(reduce(self.product)), reduce(self.energy)
+        return torch.linalg.eigvalsh(ranks.sum(self.product)), ranks.sum(self.energy)
 
 
 class Fold:
@@ -136,7 +133,7 @@ class Fold:
         return r.unflatten(1, (-1, self.num_buckets)).sum(1)
 
 
-def add_all(activations: Activations, grams: dict[str, Gram], counts: Tensor, reduce: Reduce) -> None:
+def add_all(activations: Activations, grams: dict[str, Gram], counts: Tensor, ranks: Ranks) -> None:
     """The second pass over the data, whose class counts must equal those of the first, (C,)."""
     if not grams:
         return
@@ -146,35 +143,69 @@ def add_all(activations: Activations, grams: dict[str, Gram], counts: Tensor, re
         for layer, gram in grams.items():
             gram.add(batch[layer])
         del batch  # its memory is the next one's
-    check_same_counts(counts, reduce(counts_again))
+    check_same_counts(counts, ranks.sum(counts_again))
 
 
 def sample_squares(
-    activations: Activations, mus: dict[str, Tensor], counts: Tensor
+    activations: Activations, mus: Mapping[str, Tensor], counts: Tensor, ranks: Ranks
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """As `Gram.squares`, from HHᵀ (N × N), for layers with more dimensions than samples."""
-    if not mus:
-        return {}
-    num_samples, counts_again, end = int(counts.sum()), torch.zeros_like(counts), 0
+    """As `Gram.squares`, from HHᵀ (N × N), for layers with more dimensions than samples.
+
+    HHᵀ is summed over the columns of H. Some of them at a time are brought together from all ranks, and each time
+    another rank multiplies.
+    """
+    num_samples = int(counts.sum())
     products = {layer: mu.new_zeros(num_samples, num_samples) for layer, mu in mus.items()}
-    for batch, y in activations:
-        counts_again += class_members(y, len(counts)).sum(1)
-        rows, end = slice(end, end + len(y)), end + len(y)
-        for columns, other in up_to(activations, end):
-            for layer, mu in mus.items():  # the lower triangle is all that eigvalsh reads
-                products[layer][rows, columns] = (batch[layer] - mu) @ (other[layer] - mu).T
-    check_same_counts(counts, counts_again)
+    for turn, wanted in enumerate(column_pieces(mus, num_samples)):
+        blocks = gathered_columns(activations, wanted, counts, ranks)
+        if turn % ranks.num == ranks.index:
+            for (layer, columns), block in zip(wanted, blocks, strict=True):
+                r = block - mus[layer][columns]
+                products[layer].addmm_(r, r.T)
+    products = {layer: ranks.sum(product) for layer, product in products.items()}
     return {layer: (torch.linalg.eigvalsh(product), product.trace()) for layer, product in products.items()}
 
 
-def up_to(activations: Activations, end: int) -> Iterable[tuple[slice, dict[str, Tensor]]]:
-    """The first batches, as many as hold `end` samples, each with the place of its samples."""
-    stop = 0
+def column_pieces(mus: Mapping[str, Tensor], num_samples: int) -> Iterator[list[tuple[str, slice]]]:
+    """All columns of all layers, in lists of as many as may be held at once for all samples."""
+    room = max(1, COLUMN_ELEMENTS // num_samples)
+    pieces, width = [], 0
+    for layer, mu in mus.items():
+        start = 0
+        while start < len(mu):
+            stop = min(len(mu), start + room - width)
+            pieces.append((layer, slice(start, stop)))
+            width, start = width + stop - start, stop
+            if width == room:
+                yield pieces
+                pieces, width = [], 0
+    if pieces:
+        yield pieces
+
+
+def gathered_columns(
+    activations: Activations, wanted: list[tuple[str, slice]], counts: Tensor, ranks: Ranks
+) -> list[Tensor]:
+    """These columns of H, not centred, with the rows of all ranks: (N, width) each."""
+    parts: list[list[Tensor]] = [[] for _ in wanted]
+    counts_again = torch.zeros_like(counts)
     for batch, y in activations:
-        start, stop = stop, stop + len(y)
-        yield slice(start, stop), batch
-        if stop >= end:
-            return
+        counts_again += class_members(y, len(counts)).sum(1)
+        for part, (layer, columns) in zip(parts, wanted, strict=True):
+            h = batch[layer][:, columns]
+            part.append(h.to(torch.promote_types(h.dtype, torch.float32)))
+        del batch  # its memory is the next one's
+    own = int(counts_again.sum())
+    sizes = counts.new_zeros(ranks.num)
+    sizes[ranks.index] = own
+    start = int(ranks.sum(sizes)[: ranks.index].sum())
+    check_same_counts(counts, ranks.sum(counts_again))
+    blocks = []
+    for part in parts:
+        block = part[0].new_zeros(int(counts.sum()), part[0].shape[1])
+        torch.cat(part, out=block[start : start + own])
+        blocks.append(ranks.sum(block))
+    return blocks
 
 
 def layer_figures(
@@ -229,7 +260,7 @@ class Rank(Measure):
                 self.shown(self.batches(trainer, split), split),
                 pl_module.hparams.num_classes,
                 self.cache_bytes,
-                reduce=sum_over_ranks(trainer),
+                ranks=Ranks.of(trainer),
             )
             for layer, of_layer in figures.items():
                 values |= {f"rank/{figure}/{split}/{layer}": value for figure, value in of_layer.items()}

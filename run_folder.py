@@ -30,22 +30,27 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import slurm
 from errors import Interrupted, UserError
+from ranks import ALONE, LOST, Ranks, is_lost_rank
 
 FIRST_COLUMNS = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc", "lr")
 
 
 class RunFolder:
-    """A run's folder, this process's alone while the `with` block lasts.
+    """A run's folder, this run's alone while the `with` block lasts. Of several ranks the first one writes.
 
     `checkpoint` is the file to go on from and `epoch` its epoch; both None for a new run. `before` is the provenance
     of a resumed run.
     """
 
-    def __init__(self, path: Path, before: Mapping[str, Any] | None = None):
+    def __init__(self, path: Path, before: Mapping[str, Any] | None = None, *, is_ours: bool = True):
         self.path = path
         self.before = before
+        self.is_ours = is_ours  # to write in
         self.checkpoint: Path | None = None
         self.epoch: int | None = None
+        last = path / "checkpoints" / "last.ckpt"
+        if last.exists():
+            self.checkpoint, self.epoch = last, read_checkpoint(last)["epoch"] + 1
 
     @classmethod
     def new(cls, log_dir: str | Path, name: str | None = None) -> "RunFolder":
@@ -63,21 +68,27 @@ class RunFolder:
         return cls(log_dir / name)
 
     @classmethod
-    def of(cls, args: Namespace) -> "RunFolder":
-        """The folder that the flags mean: a new one, or the one to go on with."""
-        return cls.resumed(args.resume) if args.resume else cls.new(args.log_dir, args.name)
+    def of(cls, args: Namespace, ranks: Ranks = ALONE) -> "RunFolder":
+        """The folder that the flags mean: a new one, or the one to go on with. All ranks get the first one's."""
+        if ranks.is_first:
+            folder = cls.resumed(args.resume) if args.resume else cls.new(args.log_dir, args.name)
+            ranks.from_first((folder.path, folder.epoch))
+            return folder
+        path, epoch = ranks.from_first((Path(), None))
+        folder = cls(path, is_ours=False)
+        if folder.epoch != epoch:
+            raise UserError(f"--log-dir: {path} does not hold the same checkpoint on every machine: they must share it")
+        return folder
 
     @classmethod
     def resumed(cls, path: str | Path) -> "RunFolder":
         """The folder of a run that ended early. Without a checkpoint yet it starts anew, in the same place."""
         hparams = yaml.safe_load((Path(path) / "hparams.yaml").read_text(encoding="utf-8"))
-        folder = cls(Path(path), hparams.get("provenance", {}))
-        last = folder.path / "checkpoints" / "last.ckpt"
-        if last.exists():
-            folder.checkpoint, folder.epoch = last, read_checkpoint(last)["epoch"] + 1
-        return folder
+        return cls(Path(path), hparams.get("provenance", {}))
 
     def __enter__(self) -> "RunFolder":
+        if not self.is_ours:
+            return self
         try:
             self._lock = open(self.path / ".lock", "w")  # a killed process loses its lock, so none is ever stale
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,9 +101,14 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not self.is_ours:
+            return
         self._lock.close()
+        advice = f"; `python main.py --resume {self.path}` goes on"
         if isinstance(error, Interrupted):
-            error.advice = f"; `python main.py --resume {self.path}` goes on"
+            error.advice = advice
+        elif isinstance(error, RuntimeError) and is_lost_rank(error):
+            raise UserError(LOST + advice) from error
 
     def table(self, name: str, first_columns: Iterable[str]) -> "EpochTable":
         """A CSV file of this run; of a resumed one, up to its checkpoint's epoch."""
@@ -100,6 +116,8 @@ class RunFolder:
 
     def write_hparams(self, flags: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """`hparams.yaml`: the flags, and under `provenance` what is no flag; a resumed run remembers when it was."""
+        if not self.is_ours:
+            return
         about = provenance() | dict(facts)
         if self.before is not None:
             resumed = self.before.get("resumed")

@@ -209,7 +209,7 @@ def test_class_means_are_about_the_mean_of_all_samples_and_leave_absent_classes_
 def test_class_sums_are_exact_for_few_and_for_many_classes(num_classes):
     x = torch.randint(-(2**20), 2**20, (300, 7)).float()  # integers, whose sums float64 holds exactly
     y = torch.randint(num_classes, (300,))
-    sums, _ = measures.class_sums([({"layer": x}, y)], num_classes, measures.alone)
+    sums, _ = measures.class_sums([({"layer": x}, y)], num_classes)
     expected = torch.stack([x[y == c].double().sum(0) for c in range(num_classes)])
     assert torch.equal(sums["layer"], expected)
 

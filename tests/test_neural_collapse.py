@@ -280,7 +280,7 @@ def test_data_that_do_not_repeat_themselves_are_an_error_unless_all_is_kept():
 def test_two_ranks_with_unequal_shares_find_what_one_finds_and_reduce_equally_often():
     h, y = clusters()
     shares = [(h[:100], y[:100]), (h[100:], y[100:])]  # 2 and 8 batches
-    values, calls = on_two_ranks(lambda rank, reduce: nc1(*shares[rank], num_classes=10, reduce=reduce))
+    values, calls = on_two_ranks(lambda ranks: nc1(*shares[ranks.index], num_classes=10, ranks=ranks))
     assert values[0] == values[1] == pytest.approx(nc1(h, y), rel=INVARIANT)
     assert calls[0] == calls[1]
 

@@ -185,7 +185,7 @@ def test_two_ranks_with_unequal_shares_find_what_one_finds_and_reduce_equally_of
     h, y = layer(*shape, decay=1.0, num_classes=5)
     shares = [(h[:15], y[:15]), (h[15:], y[15:])]
     found, calls = on_two_ranks(
-        lambda rank, reduce: ranks(*shares[rank], 8, tolerance=1e-3, exact_limit=exact_limit, reduce=reduce)
+        lambda both: ranks(*shares[both.index], 8, tolerance=1e-3, exact_limit=exact_limit, ranks=both)
     )
     expected = ranks(h, y, tolerance=1e-3, exact_limit=exact_limit)
     # 1e-7: one rank may use HHᵀ where two use HᵀH, and the zeros of both are cut at 1e-7 σ_1.

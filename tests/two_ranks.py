@@ -2,25 +2,49 @@
 
 import threading
 
+from ranks import Ranks
+
+
+class ThreadRanks(Ranks):
+    """One of two ranks that are threads; counts its collectives."""
+
+    def __init__(self, index, barrier, things):
+        super().__init__(index, 2)
+        self.barrier, self.things, self.calls = barrier, things, 0
+
+    def sum(self, tensor):
+        mine, other = self.exchanged(tensor.clone())
+        return mine + other if self.is_first else other + mine
+
+    def gathered(self, thing):
+        both = self.exchanged(thing)
+        return list(both) if self.is_first else []
+
+    def exchanged(self, thing):
+        """Both ranks' things, this one's first."""
+        self.calls += 1
+        self.things[self.index] = thing
+        self.barrier.wait()
+        both = self.things[self.index], self.things[1 - self.index]
+        self.barrier.wait()
+        return both
+
 
 def on_two_ranks(measure):
-    """What `measure(rank, reduce)` returns on each of two ranks, and how often each of them called `reduce`."""
-    barrier, tensors, calls, results = threading.Barrier(2, timeout=20), [None, None], [0, 0], [None, None]
+    """What `measure(ranks)` returns on each of two ranks, and how often each of them called for the other."""
+    barrier, things, results = threading.Barrier(2, timeout=20), [None, None], [None, None]
+    both = [ThreadRanks(index, barrier, things) for index in range(2)]
 
-    def run(rank):
-        def reduce(tensor):
-            calls[rank] += 1
-            tensors[rank] = tensor.clone()
-            barrier.wait()
-            total = tensors[0] + tensors[1]
-            barrier.wait()
-            return total
+    def run(ranks):
+        try:
+            results[ranks.index] = measure(ranks)
+        except BaseException:
+            barrier.abort()
+            raise
 
-        results[rank] = measure(rank, reduce)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=run, args=(ranks,)) for ranks in both]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return results, calls
+    return results, [ranks.calls for ranks in both]

@@ -1,0 +1,324 @@
+"""Runs of several processes: the same numbers as with one, one folder, one voice, and no process left behind."""
+
+import csv
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from processes import ROOT, Run, assert_same_run, finish, signal_at
+from torch import nn
+
+from datasets import Batches, Dataset, Split
+from decodable_information import decodable_information, shared_out
+from networks import build_network
+from neural_collapse import neural_collapse
+from rank import rank
+from ranks import Ranks, is_lost_rank, name_by_environment
+from run_folder import RunFolder
+
+LOGS = Path("lightning_logs")
+TINY = ["-w", "6", "5", "4", "--batch-norm", "--limit", "203", "-b", "64", "-e", "2", "--dib-epochs", "1", "--no-plots"]
+LONG = [*TINY, "-e", "500", "--no-dib", "--measure-at", "0", "500", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def task(number, num=2, **more):
+    """What SLURM tells a task; nothing where Lightning is to start the others."""
+    return {
+        "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": str(num), "SLURM_NTASKS_PER_NODE": str(num),
+        "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "SLURM_NODEID": "0",
+        "SLURM_JOB_NODELIST": "localhost", **more,
+    }  # fmt: skip
+
+
+def start_tasks(argv, folder, **options):
+    """`srun --ntasks 2 python main.py ARGV`, without SLURM."""
+    common = {"MASTER_PORT": str(free_port()), **options.pop("env", {})}
+    argv = [*argv, "--devices", "2", "--accelerator", "cpu"]
+    return [Run(argv, folder, env=task(number) | common, **options) for number in range(2)]
+
+
+def run_tasks(argv, folder, **options):
+    """Statuses of both tasks, and all that they printed."""
+    ends = [run.end() for run in start_tasks(argv, folder, **options)]
+    return [status for status, _ in ends], "".join(text for _, text in ends)
+
+
+def last_row(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    return {name: float(cell) for name, cell in row.items() if cell and not name.startswith("time/")}
+
+
+# The same numbers
+
+
+def test_a_run_of_two_processes_measures_what_one_process_finds_in_its_checkpoint(tmp_path):
+    """203 samples, so that ranks have 102 and 101, and batch norm, whose statistics differ between ranks."""
+    command = [sys.executable, ROOT / "main.py", *TINY, "--rank", "--accelerator", "cpu"]
+    run = subprocess.run([*command, "--devices", "2", "--strategy", "ddp"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("results in") == 1 and run.stderr == "" and run.stdout.count("epoch 1/2") == 1
+    assert sorted(path.name for path in LOGS.iterdir()) == ["version_0"]
+    assert finish(["--measure", "lightning_logs/version_0/checkpoints/last.ckpt", "--devices", "1"], tmp_path)[0] == 0
+    together, alone = last_row(LOGS / "version_0"), last_row(LOGS / "version_1")
+    measured = [name for name in alone if "/" in name]
+    assert {name.partition("/")[0] for name in measured} == {"nc1", "equiseparation", "rank", "dib"}
+    for name in measured:  # DIB is a difference of entropies: its rounding errors are relative to nats
+        assert together[name] == pytest.approx(alone[name], rel=1e-6, abs=1e-6 if name.startswith("dib") else 0), name
+
+
+def image_folder(folder):
+    """Two classes of 32 × 32 images in color."""
+    generator = torch.Generator().manual_seed(0)
+    for split, num in (("train", 11), ("test", 6)):
+        for name, low in (("dark", 0), ("light", 90)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(num):
+                pixels = torch.randint(low, low + 160, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def test_convolutions_and_look_ahead_leave_the_ranks_with_the_buffers_of_the_checkpoint(tmp_path):
+    argv = ["-m", "CIFARNet", "-d", str(image_folder(tmp_path / "images")), "-b", "9", "-e", "2", "-lr", "0.01"]
+    argv += ["--no-dib", "--no-tta", "--no-plots", "--quiet"]
+    statuses, text = run_tasks(argv, tmp_path)
+    assert statuses == [0, 0], text
+    together = last_row(LOGS / "version_0")
+    assert finish(["--measure", "lightning_logs/version_0/checkpoints/last.ckpt", "--devices", "1"], tmp_path)[0] == 0
+    alone = last_row(LOGS / "version_1")
+    for name in alone:
+        assert together[name] == pytest.approx(alone[name], rel=1e-6), name
+
+
+def test_training_without_batch_norm_is_that_of_one_process_also_with_shares_of_different_size(tmp_path):
+    argv = [*TINY, "--no-batch-norm", "-b", "51", "-e", "4", "--optimizer", "sgd", "--no-dib", "--quiet"]
+    statuses, text = run_tasks([*argv, "--name", "two"], tmp_path)
+    assert statuses == [0, 0], text
+    assert finish([*argv, "--name", "one"], tmp_path)[0] == 0
+    states = [torch.load(LOGS / name / "checkpoints/last.ckpt", weights_only=True) for name in ("one", "two")]
+    for name, tensor in states[0]["state_dict"].items():
+        torch.testing.assert_close(states[1]["state_dict"][name], tensor, rtol=1e-5, atol=1e-6)
+    two, one = last_row(LOGS / "two"), last_row(LOGS / "one")
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_the_range_test_finds_one_rate_for_all(tmp_path):
+    statuses, text = run_tasks([*TINY, "--lr-range-test", "--no-dib", "-e", "1"], tmp_path)
+    assert statuses == [0, 0] and text.count("the range test chose") == 1
+    assert len((LOGS / "version_0/lr_range_test.csv").read_text().splitlines()) > 10
+
+
+def toy_network():
+    torch.manual_seed(0)
+    return build_network("MLP", (6,), 3, widths=(7, 5), nonlinearity="tanh", batch_norm=True).double().eval()
+
+
+def toy_batches(sizes):
+    """Batches of these sizes, one after the other from the same 60 samples."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 6, generator=generator).double(), torch.arange(60) % 3
+    bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return [(x[start:stop], y[start:stop]) for start, stop in pairwise(bounds)]
+
+
+def measured(batches, x, y, ranks):
+    """All measures of the toy network; `batches` are this rank's, x and y all data."""
+    network = toy_network()
+    budget = {"epochs": 2, "learning_rate": 1e-2, "batch_size": 16}
+    dib = decodable_information(network, x, y, 3, **budget, keep_states=True, ranks=ranks)
+    return {
+        "nc1": neural_collapse(network.feature_extractor, batches, 3, ranks=ranks),
+        "rank": rank(network.feature_extractor, batches, 3, ranks=ranks),
+        "wide": rank(lambda x: {"wide": x @ torch.ones(6, 90).triu().double()}, batches, 3, ranks=ranks),
+        "dib": {layer: curve.tolist() for layer, curve in dib.curves.items()},
+        "heads": sorted(dib.states),
+    }
+
+
+def measure_on_a_rank(index, port, queue):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2
+    )  # fmt: skip
+    batches = toy_batches([3, 20, 10, 1, 7, 19])
+    own = [batches[:1], batches[1:]][index]  # 1 batch and 5, 3 samples and 57
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    queue.put((index, measured(own, x, y, Ranks(index, 2))))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_with_different_numbers_of_batches_find_what_one_process_finds():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_ranks"])
+    queue, port = context.Queue(), free_port()
+    processes = [context.Process(target=measure_on_a_rank, args=(index, port, queue)) for index in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    batches = toy_batches([60])
+    alone = measured(batches, *batches[0], Ranks())
+    assert found[0].pop("heads") == alone.pop("heads") and found[1].pop("heads") == []
+    assert found[0] == found[1]
+    for measure in alone:
+        for layer, value in alone[measure].items():
+            torch.testing.assert_close(found[0][measure][layer], value, rtol=1e-9, atol=1e-12)
+
+
+# Shares
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 7, 20])
+def test_every_head_has_one_rank_and_the_work_is_shared_evenly(num):
+    costs = {"early": 900, "middle": 300, "late": 7}
+    heads = {(layer, digit) for layer in costs for digit in range(5)}
+    shares = [shared_out(heads, costs, Ranks(index, num)) for index in range(num)]
+    assert sum(map(len, shares)) == len(heads) and set().union(*shares) == heads
+    loads = [sum(costs[layer] for layer, _ in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs.values())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_weights_make_the_mean_over_ranks_that_of_the_global_batch(world_size):
+    x = torch.arange(27, dtype=torch.uint8)[:, None]
+    split = Split(x, x[:, 0].long() % 2)
+    dataset = Dataset("", ("even", "odd"), split, split, torch.zeros(1), torch.ones(1), shift=0, flip=False)
+    shares = [Batches(dataset, "train", 7, rank=rank, world_size=world_size) for rank in range(world_size)]
+    whole = Batches(dataset, "train", 7)
+    for i, batches in enumerate(zip(whole, *shares, strict=True)):
+        (x, _), *parts = batches
+        means = [part.mean() * share.weight(i) for (part, _), share in zip(parts, shares, strict=True)]
+        assert torch.stack(means).mean() == pytest.approx(x.mean().item(), rel=1e-6)
+
+
+# One folder, one voice
+
+
+def test_tasks_of_a_job_make_one_folder_and_go_on_in_it_after_their_requeue(tmp_path):
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    program.chmod(0o755)
+    env = {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    argv = [*TINY, "-e", "6"]
+    statuses, text = run_tasks([*argv, "--name", "whole"], tmp_path)
+    assert statuses == [0, 0] and text.count("results in") == 1, text
+    meddle = partial(signal_at, "networks:Classifier.training_step", 14, signal.SIGUSR1)  # epoch 4, on both
+    statuses, text = run_tasks([*argv], tmp_path, env=env, meddle=meddle)
+    assert statuses == [138, 138]
+    assert Path("asked").read_text() == "requeue 77\n" and text.count("ended by SIGUSR1") == 1
+    statuses, text = run_tasks([*argv], tmp_path, env=env | {"SLURM_RESTART_COUNT": "1"})
+    assert statuses == [0, 0], text
+    assert sorted(path.name for path in LOGS.iterdir()) == ["version_0", "whole"]
+    assert_same_run(LOGS / "version_0", LOGS / "whole")
+
+
+def test_a_wrong_flag_is_said_once(tmp_path):
+    statuses, text = run_tasks([*TINY, "--epochs", "none"], tmp_path)
+    assert statuses == [2, 2] and text.count("\n") == 1
+
+
+def test_a_name_that_is_taken_is_said_and_no_task_waits(tmp_path):
+    (LOGS / "taken").mkdir(parents=True)
+    start = time.monotonic()
+    statuses, text = run_tasks([*TINY, "--name", "taken"], tmp_path)
+    assert statuses == [1, 1] and "main.py: --name: lightning_logs/taken exists already" in text
+    assert time.monotonic() - start < 60
+
+
+def test_more_devices_than_tasks_is_one_sentence(tmp_path):
+    run = Run([*TINY, "--devices", "2", "--accelerator", "cpu"], tmp_path, env=task(0, num=1))
+    status, text = run.end()
+    assert status == 1 and text.startswith("main.py: --devices 2") and "ntasks" in text and text.count("\n") == 1
+    assert not LOGS.exists()
+
+
+def test_a_checkpoint_that_not_every_machine_sees_is_refused(tmp_path):
+    class Elsewhere(Ranks):
+        def from_first(self, thing):
+            return tmp_path, 3
+
+    with pytest.raises(Exception, match="does not hold the same checkpoint on every machine"):
+        RunFolder.of(None, Elsewhere(1, 2))
+
+
+# None outlives the others
+
+
+def test_a_process_that_dies_ends_the_run_with_a_sentence(tmp_path):
+    first, second = start_tasks(LONG, tmp_path)
+    first.wait((LOGS / "version_0/checkpoints/last.ckpt").exists)
+    second.send(signal.SIGKILL)
+    start = time.monotonic()
+    status, text = first.end(60)
+    assert status == 1 and time.monotonic() - start < 20
+    assert text.count("\n") == 1 and "another process of this run ended early" in text
+    assert "python main.py --resume lightning_logs/version_0` goes on" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_with_the_first_process_the_ones_it_started_end(number, tmp_path):
+    command = [sys.executable, ROOT / "main.py", *LONG, "--devices", "2", "--accelerator", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (LOGS / "version_0/checkpoints/last.ckpt").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGINT:  # as from a terminal: to all
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, text = process.communicate(timeout=30)  # until the last one that holds the pipe has ended
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert text.count("\n") == 1 and "goes on" in text
+
+
+def test_only_the_words_of_lost_connections_mean_a_lost_rank():
+    assert is_lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3"))
+    assert not is_lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({}, ""),
+        ({"RANK": "0"}, ""),
+        ({"SLURM_PROCID": "3"}, "slurm procid 3: "),
+        ({"LOCAL_RANK": "1"}, "local rank 1: "),
+    ],
+)
+def test_only_processes_that_are_not_the_first_have_a_name(env, name, monkeypatch):
+    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    assert name_by_environment() == name
+
+
+def test_one_process_needs_no_other():
+    tensor = torch.ones(3)
+    assert Ranks().sum(tensor) is tensor and Ranks().gathered("x") == ["x"] and Ranks().from_first("x") == "x"
+    Ranks().share_buffers(nn.BatchNorm1d(3))
