@@ -159,7 +159,7 @@ OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
                   "num_nodes", "plots", "strategy")  # fmt: skip
-OF_SEVERAL = ("widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")  # take more than one value
+OF_SEVERAL = ("seed", "widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")
 MAX_EPOCHS = 10**6  # the epochs to measure are listed
 MAX_NAME = 255  # bytes in a file's name
 MLP_FLAGS = {"widths": "-w/--widths", "nonlinearity": "-nl/--nonlinearity", "batch_norm": "--batch-norm"}
@@ -228,6 +228,16 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         known = ranks.name_by_environment()  # then the first rank says the same
         self.exit(2, None if known else f"{self.prog}: error: {self.source}{message}\n")
+
+
+class _OneOrSeveral(argparse.Action):
+    """A single value as itself, several as a list without repetitions."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: list, flag: str | None = None) -> None:
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise argparse.ArgumentError(self, f"{twice[0]} comes twice")
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def _number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
@@ -299,7 +309,8 @@ def _add_run(parser: _Parser) -> None:
     add("--list-layers", action="store_true", help="print the measured layers with shape and dimension, and stop")
     add("--log-dir", metavar="DIR", help="where the runs' folders lie")
     add("--name", help="name of the run's folder (else version_0, version_1, …)")
-    add("--seed", type=_number(int, 0, 2**32 - 1), metavar="N", help="seed of everything random")
+    add("--seed", type=_number(int, 0, 2**32 - 1), nargs="+", action=_OneOrSeveral, metavar="N",
+        help="seed of everything random; several: one run for each, and their means")
     add("--accelerator", choices=("auto", "cpu", "gpu"), help="where to compute")
     add("--devices", type=_number(int, 1), metavar="N", help="number of devices per machine")
     add("--num-nodes", type=_number(int, 1), metavar="N", help="number of machines")

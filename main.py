@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ranks
 import slurm
 from errors import Interrupted, UserError, is_out_of_memory
+from sweep import sweep
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -37,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         args = get_args(argv)
         if args.list_layers:
             list_layers(args)
+        elif isinstance(args.seed, list):
+            return sweep(args, sys.argv[1:] if argv is None else argv)
         elif args.measure:
             measure(args)
         else:
@@ -61,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as signal_:
         Interrupted.over()
         if ranks.name_by_environment():
-            return signal_.status  # the first rank says it
+            time.sleep(ranks.COURTESY)  # the first rank says it, and asks SLURM for another turn
+            return signal_.status
         ended(signal_, signal_.status)
         return ended(slurm.requeue(), signal_.status) if signal_.number == signal.SIGUSR1 else signal_.status
     return 0
@@ -81,10 +85,11 @@ def train(args: Namespace) -> None:
     from functools import partial
 
     import utils
-    from console import Console, banner
+    from console import Console
     from flags import flags_of_run
     from lr_range_test import lr_range_test
     from run_folder import RunFolder, RunRecord, read_checkpoint
+    from tables import banner
 
     flags = flags_of_run(args)
     data = load_data(args)
@@ -118,10 +123,11 @@ def train(args: Namespace) -> None:
 def measure(args: Namespace) -> None:
     """Measure a saved network and leave the results in a folder of their own."""
     import utils
-    from console import Console, banner
+    from console import Console
     from flags import flags_of_run
     from networks import Classifier
     from run_folder import RunFolder, RunRecord, read_checkpoint
+    from tables import banner
 
     content = read_checkpoint(args.measure)
     data = load_data(args)
@@ -147,7 +153,7 @@ def measure(args: Namespace) -> None:
 
 def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Console) -> None:
     """Say what came out and where it lies."""
-    from console import closing
+    from tables import closing
 
     folder = record.folder
     if folder.is_ours:
@@ -168,10 +174,10 @@ def draw(folder: RunFolder, figure: str, console: Console) -> None:
 
 def list_layers(args: Namespace) -> None:
     """Print name, shape and dimension of every layer that can be measured."""
-    from console import layer_table
     from datasets import shape_and_classes
     from flags import flags_of_run
     from networks import Classifier, dimensions
+    from tables import layer_table
 
     shape, num_classes = shape_and_classes(args.dataset)
     module = Classifier.from_flags(flags_of_run(args), shape, num_classes)
@@ -206,6 +212,7 @@ def new_classifier(flags: dict[str, Any], data: Data) -> Classifier:
 
 def new_trainer(args: Namespace, **options: Any) -> Trainer:
     """Lightning's Trainer, without the logs, bars, checkpoints and samplers for which we bring our own."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
 
@@ -230,6 +237,8 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
         "callbacks": [OwnSignals(), *options.get("callbacks", ())],
     }
     try:
+        if SLURMEnvironment.detect():  # else four tasks with --devices 1 would be four runs
+            SLURMEnvironment().validate_settings(args.devices, args.num_nodes)
         return Trainer(**options)
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         flags = "--accelerator, --devices, --num-nodes, --strategy, --precision"

@@ -15,7 +15,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the program starts with this module and must be quick to listen to signals
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 INTERACTIVE = ("bash", "interactive")  # names of jobs in which somebody sits at the terminal, as Lightning has it
@@ -30,6 +30,17 @@ def time_out_signals() -> list[int]:
 def job_id() -> str | None:
     """The job's number; within an array each task has one of its own."""
     return os.environ.get("SLURM_JOB_ID") or None
+
+
+def own_share(seeds: Sequence[int]) -> list[int]:
+    """Of several seeds those of this task, if it is one of an array job; else all of them."""
+    if not os.environ.get("SLURM_ARRAY_TASK_ID"):
+        return list(seeds)
+    first, step, num, task = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}") or default)
+        for name, default in (("MIN", "0"), ("STEP", "1"), ("COUNT", "1"), ("ID", "0"))
+    )
+    return list(seeds)[(task - first) // step :: num]
 
 
 def requeue() -> str:

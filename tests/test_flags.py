@@ -96,6 +96,7 @@ WRONG = [
     ("--optimizer lbfgs", "--optimizer", "adamw"),
     ("--schedule steps", "--schedule", "cosine"),
     ("--seed -1", "--seed", "at least 0"),
+    ("--strategy nonsense", "--strategy", "invalid choice"),
     ("--seed 4294967296", "--seed", "at most"),
     ("--limit 0", "--limit", "at least 1"),
     ("--devices 0", "--devices", "at least 1"),

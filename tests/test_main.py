@@ -182,7 +182,6 @@ REFUSED = [
     ("--layers hidden1 --dib-layers hidden2", 2, "hidden1"),
     ("--measure nowhere.ckpt", 1, "nowhere.ckpt"),
     ("--accelerator gpu", 1, "--accelerator"),
-    ("--strategy nonsense", 2, "--strategy"),
     ("-m MNISTNet -d .", 1, "train"),
     ("-m MNISTNet -d MNIST --data-dir empty", 1, "empty"),
 ]

@@ -248,11 +248,12 @@ def test_a_name_that_is_taken_is_said_and_no_task_waits(tmp_path):
     assert time.monotonic() - start < 60
 
 
-def test_more_devices_than_tasks_is_one_sentence(tmp_path):
-    run = Run([*TINY, "--devices", "2", "--accelerator", "cpu"], tmp_path, env=task(0, num=1))
+@pytest.mark.parametrize(("devices", "num_tasks"), [(2, 1), (1, 2)])
+def test_another_number_of_devices_than_of_tasks_is_one_sentence(devices, num_tasks, tmp_path):
+    run = Run([*TINY, "--devices", str(devices), "--accelerator", "cpu"], tmp_path, env=task(0, num=num_tasks))
     status, text = run.end()
-    assert status == 1 and text.startswith("main.py: --devices 2") and "ntasks" in text and text.count("\n") == 1
-    assert not LOGS.exists()
+    assert status == 1 and text.count("\n") == 1 and not LOGS.exists()
+    assert f"devices={devices}" in text and f"--ntasks-per-node={num_tasks}" in text
 
 
 def test_a_checkpoint_that_not_every_machine_sees_is_refused(tmp_path):

@@ -1,0 +1,113 @@
+"""Several seeds of one command, each in a process and a folder of its own, and at the end their means.
+
+    python main.py -m MLP -d MNIST --seed 0 1 2 3
+
+The seeds run one after another; one that fails, even by a kill, does not stop the rest. In an array job of SLURM each
+task takes its share of the seeds instead.
+"""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import ranks
+import slurm
+from errors import Interrupted, WrongFlag
+from tables import seeds_table
+
+MAIN = Path(__file__).with_name("main.py")
+RESULTS = "results in "  # a run's last line begins so, also with --quiet
+OUT_OF_TIME = 128 + signal.SIGUSR1
+
+
+def sweep(args: Namespace, argv: Sequence[str]) -> int:
+    """Run this task's share of the seeds. Exit status: 0 all done, 1 some failed, 138 out of time and requeued."""
+    seeds = slurm.own_share(args.seed)
+    if not seeds:
+        raise WrongFlag(f"argument --seed: {len(args.seed)} seeds are too few for the tasks of this array job")
+    folders: dict[int, Path | None] = {}
+    failed: dict[int, int] = {}
+    try:
+        for i, seed in enumerate(seeds, 1):
+            say(args, f"seed {seed}, {i} of {len(seeds)}")
+            status, folder = run(command(argv, args.name, seed))
+            if status == OUT_OF_TIME:
+                return status
+            if status == 0:
+                folders[seed] = folder
+            else:
+                failed[seed] = status
+                print(f"main.py: seed {seed} failed with exit status {status}", file=sys.stderr)
+    except Interrupted as signal_:
+        signal_.advice = f"; finished are seeds {words(folders)} of {words(seeds)}"
+        raise
+    finally:
+        say(args, closing(folders))
+    if failed:
+        print(f"main.py: of seeds {words(seeds)} failed {words(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def say(args: Namespace, text: str) -> None:
+    """Print a paragraph, once for all processes of a run."""
+    if text and not args.quiet and not ranks.name_by_environment():
+        print(f"{text}\n", flush=True)
+
+
+def words(seeds: Sequence[int] | dict[int, object]) -> str:
+    """`0 1 2`"""
+    return " ".join(map(str, seeds)) or "none"
+
+
+def command(argv: Sequence[str], name: str | None, seed: int) -> list[str]:
+    """The command line of one seed: the last --seed and --name count."""
+    own_name = [] if name is None else ["--name", f"{name}_seed{seed}"]
+    return [sys.executable, str(MAIN), *argv, "--seed", str(seed), *own_name]
+
+
+def run(line: Sequence[str]) -> tuple[int, Path | None]:
+    """Exit status of a run, as a shell has it, and its folder; what it prints is passed on.
+
+    Signals are passed on as well. The run knows what to do about a lack of time; after any other signal, the sweep
+    ends with it.
+    """
+    folder = None
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    try:
+        for text in process.stdout:
+            print(text, end="", flush=True)
+            if text.startswith(RESULTS):
+                folder = Path(text.removeprefix(RESULTS).rstrip("\n"))
+        status = process.wait()
+    except BaseException as error:
+        if isinstance(error, Interrupted):
+            process.send_signal(error.number)
+            Interrupted.over()
+        else:
+            process.terminate()
+        status = process.wait()
+        if status != OUT_OF_TIME:
+            raise
+    return (128 - status if status < 0 else status), folder
+
+
+def closing(folders: dict[int, Path | None]) -> str:
+    """Means over the finished seeds' last epochs, and how to draw them together; empty for fewer than two."""
+    known = [folder for folder in folders.values() if folder is not None]
+    if len(known) < 2:
+        return ""
+    last_rows = [last_row(folder / "metrics.csv") for folder in known]
+    return f"\n{seeds_table(list(folders), last_rows)}\n\npython plots.py {' '.join(map(str, known))}"
+
+
+def last_row(path: Path) -> dict[str, str]:
+    """The last epoch of a run, empty cells left out."""
+    with open(path, newline="", encoding="utf-8") as file:
+        *_, row = csv.DictReader(file)
+    return {name: cell for name, cell in row.items() if cell}

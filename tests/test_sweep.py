@@ -1,0 +1,168 @@
+"""Several seeds: a run each, no failure stops the rest, the means are right, an array job shares them out."""
+
+import itertools
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import ROOT
+
+import sweep
+from flags import get_args
+from main import main
+from runs import compare, load
+from slurm import own_share
+from sweep import command
+from tables import seeds_table
+
+LOGS = Path("lightning_logs")
+STAND_IN = """
+import pathlib, signal, sys, time
+argv = sys.argv[1:]
+seed = argv[len(argv) - argv[::-1].index("--seed")]
+if (pathlib.Path("signal_of") / seed).exists():
+    pathlib.Path("begun").touch()
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    time.sleep(30)
+if seed == "13":
+    signal.raise_signal(signal.SIGKILL)
+folder = pathlib.Path("runs") / seed
+folder.mkdir(parents=True)
+(folder / "metrics.csv").write_text(f"epoch,lr,test_acc,nan\\n0,,0,\\n1,0.1,{seed},nan\\n")
+print("training")
+print(f"results in {folder}")
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A program in place of `main.py` that says at once where its results lie, kills itself with seed 13."""
+    program = tmp_path / "stand_in.py"
+    program.write_text(STAND_IN)
+    monkeypatch.setattr(sweep, "MAIN", program)
+
+
+def test_each_seed_has_its_own_run_and_a_failing_one_stops_no_other(tmp_path):
+    (LOGS / "mine_seed1").mkdir(parents=True)  # taken
+    argv = ["-w", "6", "4", "--limit", "200", "-e", "1", "--dib-epochs", "1", "--name", "mine", "--no-plots"]
+    line = [sys.executable, ROOT / "main.py", *argv, "--seed", "0", "1", "2"]
+    run = subprocess.run(line, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "--name: lightning_logs/mine_seed1 exists already" in run.stderr
+    assert run.stderr.endswith("main.py: seed 1 failed with exit status 1\nmain.py: of seeds 0 1 2 failed 1\n")
+    assert "2 seeds: 0 2" in run.stdout and "nc1/train/hidden1" in run.stdout
+    [setting] = compare(load([LOGS / "mine_seed0", LOGS / "mine_seed2"])).settings
+    assert [run.hparams["seed"] for run in setting.runs] == [0, 2]
+
+
+def test_one_seed_is_a_run_as_ever():
+    assert get_args(["--seed", "3"]).seed == 3
+    assert get_args(["--seed", "3", "1"]).seed == [3, 1]
+
+
+@pytest.mark.parametrize("argv", [["--seed", "1", "2", "1"], ["--seed"], ["--seed", "1", "x"]])
+def test_wrong_seeds_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        get_args(argv)
+    assert end.value.code == 2 and "argument --seed" in capsys.readouterr().err
+
+
+def test_seeds_may_stand_in_a_config_file(tmp_path):
+    (tmp_path / "flags.yaml").write_text("seed: [4, 5]\nepochs: 3\n")
+    assert get_args(["-c", "flags.yaml"]).seed == [4, 5]
+    assert get_args(["-c", "flags.yaml", "--seed", "7"]).seed == 7
+
+
+def test_the_command_of_a_seed_means_that_seed_and_a_name_of_its_own():
+    argv = ["-e", "2", "--seed", "0", "1", "--name", "mine"]
+    args = get_args(command(argv, "mine", 1)[2:])
+    assert (args.seed, args.name, args.epochs) == (1, "mine_seed1", 2)
+    assert get_args(command(argv[:-2], None, 1)[2:]).name is None
+
+
+def test_means_and_deviations_by_hand():
+    lines = seeds_table([0, 1, 2], [{"epoch": "1", "a": text, "b": "nan"} for text in ("1", "2", "6")]).splitlines()
+    assert lines[0].split() == ["3", "seeds:", "0", "1", "2", "mean", "±", "std", "lowest", "highest"]
+    assert lines[1].split() == ["a", "3", "2.646", "1", "6"]  # sqrt((4 + 1 + 9) / 2)
+    assert lines[2].split() == ["b", *"––––"]
+    assert statistics.stdev([1, 2, 6]) == pytest.approx(7**0.5)
+
+
+def test_a_kill_of_one_seed_stops_no_other(stand_in, capfd):
+    assert main(["--seed", "1", "13", "4"]) == 1
+    told = capfd.readouterr()
+    assert "seed 13 failed with exit status 137" in told.err and "of seeds 1 13 4 failed 13" in told.err
+    assert [line.split() for line in told.out.splitlines() if line.startswith("test_acc")] == [
+        ["test_acc", "2.5", "2.121", "1", "4"]
+    ]
+    assert "python plots.py runs/1 runs/4" in told.out
+
+
+def test_quiet_says_only_where_results_lie(stand_in, capfd):
+    assert main(["--seed", "1", "4", "--quiet"]) == 0
+    told = capfd.readouterr()
+    assert told.err == "" and [line for line in told.out.splitlines() if line != "training"] == [
+        "results in runs/1",
+        "results in runs/4",
+    ]
+
+
+@pytest.mark.parametrize("num_tasks", range(1, 6))
+@pytest.mark.parametrize(("first", "step"), [(0, 1), (1, 1), (10, 5)])
+def test_the_tasks_of_an_array_share_the_seeds_out(num_tasks, first, step, monkeypatch):
+    shares = []
+    for i in range(num_tasks):
+        task = {"ID": first + i * step, "MIN": first, "COUNT": num_tasks, "STEP": step}
+        for name, value in task.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+        shares.append(own_share([5, 6, 7, 8]))
+    assert sorted(itertools.chain(*shares)) == [5, 6, 7, 8]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_task_of_an_array_runs_its_seed_alone(stand_in, monkeypatch, capfd):
+    for name, value in {"ID": "1", "MIN": "0", "COUNT": "2", "STEP": "1"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert main(["--seed", "1", "4"]) == 0
+    assert sorted(os.listdir("runs")) == ["4"]
+
+
+def test_a_task_without_a_seed_is_told(stand_in, monkeypatch, capfd):
+    for name, value in {"ID": "3", "MIN": "0", "COUNT": "4", "STEP": "1"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert main(["--seed", "1", "4"]) == 2
+    assert "argument --seed: 2 seeds are too few" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_reaches_the_seed_that_runs_and_ends_the_sweep(number, status, stand_in, tmp_path):
+    (tmp_path / "signal_of" / "2").mkdir(parents=True)
+    code = f"import sys, sweep, pathlib, main; sweep.MAIN = pathlib.Path({str(sweep.MAIN)!r}); sys.exit(main.main())"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", code, "--seed", "1", "2", "3"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | slurm)
+    deadline = time.monotonic() + 20
+    while not Path("begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=20)
+    assert process.returncode == status and sorted(os.listdir("runs")) == ["1"]
+    if number == signal.SIGINT:
+        assert text == "main.py: ended by Ctrl-C; finished are seeds 1 of 1 2 3\n"
