@@ -1,0 +1,223 @@
+"""The job scripts, run as SLURM would run them: what the program gets, how the job ends, and what Lightning sees.
+
+sbatch itself is `job`: it reads the #SBATCH lines and sets the variables that follow from them.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+
+import pytest
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from stand_ins import ROOT, StandIns, tool
+
+import main
+import slurm
+from errors import UserError
+from flags import PRESETS, get_args
+
+SCRIPTS = ["array.sh", "container.sh", "run.sh"]
+FLAGS = ["-m", "ResNet", "-d", "CIFAR10", "--log-dir", "a b/*"]
+EVERY_RANK = """
+while [ "${1#--}" != "$1" ]; do shift; done
+status=0
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    export SLURM_PROCID=$rank SLURM_LOCALID=$((rank % SLURM_NTASKS_PER_NODE))
+    export SLURM_NODEID=$((rank / SLURM_NTASKS_PER_NODE))
+    "$@" || status=$?
+done
+exit $status
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A node's programs: srun starts every rank in turn, main.py ends with STATUS, a container runs what it gets."""
+    programs = StandIns(tmp_path)
+    programs.add("srun", EVERY_RANK)
+    programs.add("python", "exit ${STATUS:-0}")
+    programs.add("apptainer", 'shift 3; exec "$@"')
+    programs.add("scontrol")
+    return programs
+
+
+def directives(script):
+    """The #SBATCH lines in force."""
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", (ROOT / "slurm" / script).read_text(), re.M))
+
+
+def job(cluster, script, *words, task=None, env=None, **options):
+    """What `sbatch OPTIONS slurm/SCRIPT WORDS` comes to on the first node; of an array, one task."""
+    options = directives(script) | {name.replace("_", "-"): str(value) for name, value in options.items()}
+    nodes, per_node = int(options["nodes"]), int(options["ntasks-per-node"])
+    env = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NAME": options["job-name"],
+        "SLURM_NNODES": str(nodes),
+        "SLURM_NTASKS_PER_NODE": str(per_node),
+        "SLURM_NTASKS": str(nodes * per_node),
+        "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
+        "SLURM_NODELIST": f"node[1-{nodes}]" if nodes > 1 else "node1",
+        **({} if task is None else {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": str(task)}),
+        **(env or {}),
+    }
+    return cluster.run("bash", ROOT / "slurm" / script, *words, cwd=ROOT, **env)
+
+
+def received(cluster):
+    """The flags that main.py got, in each of its processes."""
+    calls = [call["argv"] for call in cluster.calls("python")]
+    assert all(argv[0] == "main.py" for argv in calls)
+    return [argv[1:] for argv in calls]
+
+
+# The scripts themselves
+
+
+@pytest.mark.parametrize("script", [*(f"slurm/{name}" for name in SCRIPTS), ".ci/run"])
+def test_shellcheck_finds_nothing(script):
+    done = subprocess.run([tool("shellcheck"), ROOT / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_there_are_no_other_scripts_and_all_are_strict():
+    assert sorted(path.name for path in (ROOT / "slurm").iterdir()) == SCRIPTS
+    assert all("\nset -euo pipefail\n" in (ROOT / "slurm" / name).read_text() for name in SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_job_is_warned_with_the_programs_signal_may_be_queued_again_and_keeps_its_log(script, monkeypatch):
+    asked = directives(script)
+    assert asked["signal"] == "SIGUSR1@90" and asked.keys() >= {"requeue"} and asked["open-mode"] == "append"
+    assert "/" not in asked["output"]  # a folder that is not there ends a job without a word
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_JOB_NAME", asked["job-name"])
+    assert [number.name for number in slurm.time_out_signals()] == ["SIGUSR1"]
+
+
+def test_all_scripts_ask_for_the_same_resources():
+    run, container, array = map(directives, ("run.sh", "container.sh", "array.sh"))
+    assert run == container
+    assert run == {name: value for name, value in array.items() if name != "array"} | {"output": run["output"]}
+
+
+# What the program gets
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_reach_the_program_word_for_word_and_are_ones_it_knows(script, cluster):
+    done = job(cluster, script, *FLAGS, task=0)
+    assert done.returncode == 0, done.stderr
+    (argv,) = received(cluster)
+    assert argv[-len(FLAGS) - 4 :] == [*FLAGS, "--devices", "1", "--num-nodes", "1"]
+    args = get_args(argv)
+    assert (args.model, args.log_dir, args.devices, args.num_nodes) == ("ResNet", "a b/*", 1, 1)
+    (call,) = cluster.calls("srun")
+    assert {"--kill-on-bad-exit=1", "--cpus-per-task=4"} < set(call["argv"])
+
+
+def test_the_container_keeps_slurms_variables_and_may_lie_elsewhere(cluster):
+    job(cluster, "container.sh")
+    job(cluster, "container.sh", env={"IMAGE": "/a b/x.sif"})
+    calls = cluster.calls("apptainer")
+    assert [call["argv"][:5] for call in calls] == [
+        ["run", "--nv", "master_thesis.sif", "python", "main.py"],
+        ["run", "--nv", "/a b/x.sif", "python", "main.py"],
+    ]
+    assert cluster.calls("python")[0]["env"]["SLURM_NTASKS"] == "1"
+
+
+def test_the_array_measures_every_layer_of_every_seed_once_and_nc1_once_per_seed(cluster):
+    first, last = map(int, directives("array.sh")["array"].split("-"))
+    for task in range(first, last + 1):
+        assert job(cluster, "array.sh", *FLAGS, task=task).returncode == 0
+    runs = [get_args(argv) for argv in received(cluster)]
+    assert all(len(run.dib_layers) == 1 for run in runs)
+    pairs = [(run.seed, run.dib_layers[0]) for run in runs]
+    seeds = sorted({seed for seed, _ in pairs})
+    assert sorted(pairs) == sorted(itertools.product(seeds, PRESETS[("ResNet",)]["dib_layers"]))
+    assert [run.seed for run in runs if run.nc] == seeds
+
+
+def test_an_array_too_long_and_a_job_that_is_no_array_start_nothing(cluster):
+    done = job(cluster, "array.sh", *FLAGS, task=12)
+    assert done.returncode == 2 and "task 12 has no pair: there are 3 seeds × 4 layers" in done.stderr
+    done = job(cluster, "array.sh", *FLAGS)
+    assert done.returncode != 0 and "with --array" in done.stderr
+    assert cluster.calls() == []
+
+
+# How the job ends
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 130, 137, 138, 143])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_programs_status_is_the_jobs_and_only_out_of_time_in_a_container_asks_for_another_turn(
+    script, status, cluster
+):
+    task = 5 if script == "array.sh" else None
+    assert job(cluster, script, *FLAGS, task=task, env={"STATUS": str(status)}).returncode == status
+    asked = [call["argv"] for call in cluster.calls("scontrol")]
+    assert asked == ([["requeue", "77"]] if (script, status) == ("container.sh", 138) else [])
+
+
+def test_a_task_of_an_array_in_a_container_asks_for_itself_not_for_the_whole_array(cluster):
+    assert job(cluster, "container.sh", *FLAGS, task=5, env={"STATUS": "138"}).returncode == 138
+    assert [call["argv"] for call in cluster.calls("scontrol")] == [["requeue", "70_5"]]
+
+
+# What Lightning sees
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Take on the environment of one of main.py's processes; Lightning then keeps ranks in two global places."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+
+    def become(call):
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_"))]:
+            monkeypatch.delenv(name)
+        for name, value in call["env"].items():
+            if name.startswith("SLURM_"):
+                monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "15077")
+        return get_args([*call["argv"][1:], "--accelerator", "cpu"])
+
+    return become
+
+
+@pytest.mark.parametrize("script", ["run.sh", "container.sh"])
+@pytest.mark.parametrize(("nodes", "per_node"), [(1, 1), (1, 4), (2, 1), (2, 4)])
+def test_lightning_takes_every_task_for_one_of_its_processes(script, nodes, per_node, cluster, as_rank):
+    job(cluster, script, *FLAGS, nodes=nodes, ntasks_per_node=per_node)
+    calls = cluster.calls("python")
+    assert len(calls) == nodes * per_node
+    for rank, call in enumerate(calls):
+        args = as_rank(call)
+        assert SLURMEnvironment.detect()
+        seen = SLURMEnvironment()
+        assert (seen.world_size(), seen.global_rank()) == (len(calls), rank)
+        assert (seen.node_rank(), seen.local_rank()) == divmod(rank, per_node)
+        seen.validate_settings(args.devices, args.num_nodes)  # raises where they do not match
+        assert slurm.job_id() == "77"
+    trainer = main.new_trainer(args)  # of the last rank
+    assert (trainer.world_size, trainer.num_nodes, trainer.num_devices) == (len(calls), nodes, per_node)
+    assert trainer.global_rank == rank
+
+
+def test_the_jobs_tasks_decide_on_devices_and_nodes_whatever_the_flags_say(cluster, as_rank):
+    job(cluster, "run.sh", *FLAGS, "--devices", "3", "--num-nodes", "5", nodes=2, ntasks_per_node=4)
+    args = as_rank(cluster.calls("python")[0])
+    assert (args.devices, args.num_nodes) == (4, 2)
+
+
+def test_ntasks_without_ntasks_per_node_is_refused_with_what_to_set(cluster, as_rank, monkeypatch):
+    job(cluster, "run.sh", *FLAGS)
+    args = as_rank(cluster.calls("python")[0])
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(UserError, match="--ntasks-per-node=2"):
+        main.new_trainer(args)
