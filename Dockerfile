@@ -23,6 +23,7 @@ USER 57439:57439
 
 # A --user without a name and a home in the image: matplotlib, triton and torch keep their caches here.
 ENV HOME=/tmp USER=$MAMBA_USER
-ARG GIT_COMMIT=unknown
+ARG GIT_COMMIT=""
+ENV GIT_COMMIT=$GIT_COMMIT
 LABEL org.opencontainers.image.revision=$GIT_COMMIT
 CMD ["python", "main.py", "--help"]

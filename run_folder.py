@@ -197,8 +197,8 @@ def _git_commit() -> str | None:
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout: an image, an archive
-        return None
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout: an image, which may know, or an archive
+        return os.environ.get("GIT_COMMIT") or None
     return commit + ("+" if changed.stdout.strip() else "")
 
 

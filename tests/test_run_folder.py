@@ -10,7 +10,7 @@ import torch
 
 import run_folder
 from errors import UserError
-from run_folder import EpochTable, RunFolder, read_checkpoint, write_whole
+from run_folder import EpochTable, RunFolder, provenance, read_checkpoint, write_whole
 
 
 def test_new_folders_count_up_and_leave_gaps_alone(tmp_path):
@@ -139,3 +139,11 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         read_checkpoint(tmp_path)
     assert read_checkpoint(tmp_path / "good.ckpt")["epoch"] == 0
+
+
+def test_without_a_checkout_the_commit_is_the_one_that_an_image_was_built_from(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert provenance()["git_commit"] == "abc"
+    monkeypatch.setenv("GIT_COMMIT", "")
+    assert provenance()["git_commit"] is None
