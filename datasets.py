@@ -807,6 +807,10 @@ class Data(LightningDataModule):
         """The test set, as it is."""
         return self.in_order("test")
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch: `Batches` are on the device already, and Lightning's search for tensors takes 0.1 ms a step."""
+        return batch
+
     def first_images(self, num: int = 5000) -> Tensor:
         """The first training samples, normalised, on the CPU."""
         return Batches(self.dataset, "train", num)[torch.arange(min(num, len(self.dataset.train.labels)))]
