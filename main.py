@@ -7,6 +7,7 @@ answered before that.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -212,6 +213,7 @@ def new_classifier(flags: dict[str, Any], data: Data) -> Classifier:
 
 def new_trainer(args: Namespace, **options: Any) -> Trainer:
     """Lightning's Trainer, without the logs, bars, checkpoints and samplers for which we bring our own."""
+    import torch
     from lightning.fabric.plugins.environments import SLURMEnvironment
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
@@ -220,6 +222,9 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
     from run_folder import WholeCheckpoints
 
     silence_libraries()
+    if not torch.cuda.is_available():
+        # Lightning has torch look for the driver anew whenever it is asked for a GPU; Adam asks at every step.
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     options = {
         "accelerator": args.accelerator,
         "devices": args.devices,
