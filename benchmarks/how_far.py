@@ -1,0 +1,193 @@
+"""How the cost of an epoch grows, as formulas, against measured points; and what they say of ImageNet.
+
+    OMP_NUM_THREADS=1 python benchmarks/how_far.py
+
+With T the seconds of one forward pass over the N samples, T_l that of the decoder behind layer l alone, C classes, d_l
+dimensions, K digits, E head epochs and R devices; and per value of an activation c seconds for a copy in float64, g for
+products with C columns, a for an addition to its class, which more than 32 classes take instead of one of the g:
+
+    training  3 T / R
+    NC1       p T / R + Σ_l (2 N (c + g) / R + 3 C g) d_l      p = 1 if activations are kept, else 2
+    DIB       q T + K (4 E + 1) Σ_l T_l / R                    q = 1 if activations are kept, else 2 E + 1
+
+The constants are measured first, the points after them; a ratio of 1 is a perfect prediction.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from common import Row, arguments, report, side_by_side
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from decodable_information import decodable_information
+from measures import MAX_ONE_HOT_CLASSES, PIECE_ELEMENTS, add_to_classes, class_members
+from networks import Network, build_network, dimensions
+from neural_collapse import neural_collapse
+
+BATCH = 256
+IMAGES, CLASSES, DIGITS, HEAD_EPOCHS = 1_281_167, 1000, 2, 2  # of ImageNet, and of the presets for large networks
+# Assumed, not measured: what a recent GPU sustains of its peak, and a network link, in operations and bytes a second.
+HALF, DOUBLE, LINK, LINK_BETWEEN_MACHINES = 50e12, 40e12, 200e9, 25e9
+# Channels × height × width behind each block of a ResNet-50 for 224 × 224: its first blocks have 800 thousand values.
+RESNET50 = [802_816] * 3 + [401_408] * 4 + [200_704] * 6 + [100_352] * 3 + [2048]
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    scale = 50 if args.quick else 1
+    points = [*nc1_points(scale), *network_points(scale)]
+    tables = {"Predicted and measured": points, "ImageNet, by the formulas": list(imagenet())}
+    report("how_far", tables, args)
+
+
+def nc1_points(scale: int) -> list[Row]:
+    """NC1 of one wide layer, given as it is, so that there is no forward pass."""
+    rows = []
+    for num, d, num_classes in ((1000, 100_000, 10), (1000, 100_000, 100), (4000, 10_000, 10)):
+        d //= scale
+        h, y = torch.randn(num, d), torch.arange(num) % num_classes
+        batches = list(zip(h.split(BATCH), y.split(BATCH), strict=True))
+        copy, product, addition = constants(num_classes)
+        first = product if num_classes <= MAX_ONE_HOT_CLASSES else addition
+        predicted = num * d * (2 * copy + first + product) + 3 * num_classes * d * product
+        measured = lambda batches=batches, C=num_classes: neural_collapse(lambda x: {"": x}, batches, C)  # noqa: E731
+        rows.append(row(f"NC1, N = {num}, d = {d}, C = {num_classes}", predicted, measured))
+    return rows
+
+
+def constants(num_classes: int) -> tuple[float, float, float]:
+    """Seconds per value of a batch of activations: to copy it in float64, to multiply it, to add it to a class."""
+    width = PIECE_ELEMENTS["cpu"] // BATCH
+    h, y = torch.randn(BATCH, width), torch.arange(BATCH) % num_classes
+    double, sums, weights = (
+        h.double(),
+        torch.zeros(num_classes, width).double(),
+        torch.randn(num_classes, BATCH).double(),
+    )
+    members = class_members(y, num_classes)
+    seconds = side_by_side(
+        {
+            "copy": lambda: h.double(),
+            "product": lambda: sums.addmm_(weights, double),
+            "addition": lambda: add_to_classes(sums, h, y, members),
+        },
+        rounds=20,
+    )
+    copy, product, addition = (seconds.median(name) / h.numel() for name in ("copy", "product", "addition"))
+    return copy, product, max(addition - copy, 0.0)
+
+
+def network_points(scale: int) -> list[Row]:
+    """An epoch of training and measurements of two networks."""
+    rows = []
+    for name, num in (("MNISTNet", 2000), ("MLP", 10_000)):
+        num //= scale
+        torch.manual_seed(0)
+        network = build_network(name, (1, 28, 28), 10).eval()
+        x, y = torch.randn(num, 1, 28, 28), torch.arange(num) % 10
+        forward = median(lambda network=network, x=x: passed(network, x))
+        behind = sum(decoder_seconds(network, x))
+        digits = math.ceil(math.log10(num / 10))
+        title = f"{name}, N = {num}"
+        rows.append(row(f"{title}: training", 3 * forward, lambda a=(network, x, y): trained(*a)))
+        copy, product, _ = constants(10)
+        values = num * sum(math.prod(shape) for shape in dimensions(network, (1, 28, 28)).values())
+        batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+        for passes, cache_bytes in ((1, 2**62), (2, 0)):
+            rows.append(
+                row(
+                    f"{title}: NC1, p = {passes}",
+                    passes * forward + values * 2 * (copy + product),
+                    lambda a=(network.feature_extractor, batches, 10, cache_bytes): neural_collapse(*a),
+                )
+            )
+        for epochs in (2, 4):
+            budget = {"epochs": epochs, "learning_rate": 1e-3, "batch_size": BATCH}
+            rows.append(
+                row(
+                    f"{title}: DIB, E = {epochs}, K = {digits}",
+                    forward + digits * (4 * epochs + 1) * behind,
+                    lambda a=(network, x, y, 10), budget=budget: decodable_information(*a, **budget),
+                )
+            )
+    return rows
+
+
+def row(what: str, predicted: float, run: Callable[[], object]) -> Row:
+    measured = median(run)
+    return {"": what, "predicted s": predicted, "measured s": measured, "measured / predicted": measured / predicted}
+
+
+def median(run: Callable[[], object]) -> float:
+    return side_by_side({"": run}, rounds=3).median("")
+
+
+@torch.no_grad()
+def passed(module: torch.nn.Module, x: Tensor) -> None:
+    """A forward pass over all samples."""
+    for batch in x.split(BATCH):
+        module(batch)
+
+
+def decoder_seconds(network: Network, x: Tensor) -> list[float]:
+    """T_l of every layer."""
+    with torch.no_grad():
+        features = network.feature_extractor(x)
+    decoders = {layer: network.get_encoder_decoder(layer)[1] for layer in network.layers}
+    return [median(lambda layer=layer: passed(decoders[layer], features[layer])) for layer in network.layers]
+
+
+def trained(network: Network, x: Tensor, y: Tensor) -> None:
+    """An epoch."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6)
+    for batch, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch), labels).backward()
+        optimizer.step()
+
+
+def imagenet() -> Sequence[Row]:
+    """Memory and bytes over the network for each GPU, and minutes, on 8 GPUs of one machine and on 64 of eight."""
+    network = build_network("ResNet", (3, 224, 224), CLASSES)
+    operations, behind = costs_of_a_sample(network)
+    own = [math.prod(shape) for shape in dimensions(network, (3, 224, 224)).values()]
+    cases = {"ResNet-18": own, "blocks as wide as ResNet-50's": RESNET50, "one layer of 800000": [800_000]}
+    for name, dims in cases.items():
+        for devices, link in ((8, LINK), (64, LINK_BETWEEN_MACHINES)):
+            forward = IMAGES * operations / HALF / devices
+            sums = 8 * CLASSES * sum(dims)  # bytes of all class sums; projections take as much again
+            products = 2 * CLASSES * (IMAGES / devices + 3 * CLASSES) * sum(dims) / DOUBLE
+            sent = 2 * (devices - 1) / devices * sums
+            heads = DIGITS * (4 * HEAD_EPOCHS + 1) * IMAGES * behind / HALF / devices
+            encoding = (2 * HEAD_EPOCHS + 1) * IMAGES * operations / HALF  # on each device: not shared out
+            is_ours = name == "ResNet-18"
+            yield {
+                "": name,
+                "GPUs": devices,
+                "sum of d": f"{sum(dims):,}",
+                "training, min": 3 * forward / 60 if is_ours else None,
+                "NC1 memory, GB": 2 * sums / 1e9,
+                "NC1 sent, GB": sent / 1e9,
+                "NC1, min": (2 * forward + products + sent / link) / 60 if is_ours else (products + sent / link) / 60,
+                "DIB, min": (encoding + heads) / 60 if is_ours else None,
+            }
+
+
+def costs_of_a_sample(network: Network) -> tuple[int, int]:
+    """Operations of a forward pass of the network, and of all its decoders together."""
+    network = network.to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = network.feature_extractor(torch.empty(1, 3, 224, 224, device="meta"))
+    behind = 0
+    for layer in network.layers:
+        with torch.no_grad(), FlopCounterMode(display=False) as decoder_counter:
+            network.get_encoder_decoder(layer)[1](features[layer])
+        behind += decoder_counter.get_total_flops()
+    return counter.get_total_flops(), behind
+
+
+if __name__ == "__main__":
+    main()
