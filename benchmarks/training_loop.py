@@ -7,28 +7,29 @@ times faster than the same module fed by a standard DataLoader; ResNet on 32 × 
 1.05 times the bare loop. The bare loop has the same batches, schedule, optimizer, mean loss and accuracy, and test
 pass; its weights are the same at the end, bit for bit. `trainer` is Lightning's as `main.py` makes it; `run` adds the
 run's folder, with a row of metrics.csv and a checkpoint per epoch. "again" is the bare loop a second time: what
-differs from 1 there is noise.
+differs from 1 there is noise. The DataLoader has no workers, which for such small samples cost more than they save;
+its samples are normalised beforehand, or, "of bytes", lie in memory as ours do.
 """
 
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 
 import torch
-from common import Row, arguments, made_up, report, timed_by
-from torch import nn
+from common import Row, arguments, made_up, report, synchronise, timed_by
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import datasets
 import main as program
 from console import Console
 from datasets import Batches, Data
 from flags import flags_of_run, get_args
-from networks import Classifier, evaluating, rate_factor
+from networks import LOOKAHEAD_STEPS, Classifier, evaluating, logits_over_views
 from run_folder import RunFolder, RunRecord
-
-WAYS = ("bare", "again", "trainer", "run", "DataLoader")
 
 
 def main() -> None:
@@ -37,27 +38,54 @@ def main() -> None:
     report("training_loop", {"Training loop, times the bare loop": rows}, args)
 
 
-def cases() -> Iterator[tuple[str, "Case", int, tuple[str, ...]]]:
+def cases() -> Iterator[tuple[str, "Case", int, Iterable[str]]]:
     """What is trained, in how many rounds, in which ways."""
     yield "MLP on SZT", szt(epochs=40), 7, WAYS
-    yield "MNISTNet, 28 × 28, batch 256", images("MNISTNet", (1, 28, 28), num=1280, batch_size=256), 5, WAYS
-    yield "ResNet, 32 × 32, batch 512", images("ResNet", (3, 32, 32), num=512, batch_size=512), 2, WAYS[:2] + WAYS[3:4]
+    mnistnet = images("MNISTNet", (1, 28, 28), num=5120, batch_size=256)
+    yield "MNISTNet, 28 × 28, batch 256", mnistnet, 3, ("bare", "again", "trainer", "run")
+    resnet = images("ResNet", (3, 32, 32), num=512, batch_size=512)
+    yield "ResNet, 32 × 32, batch 512", resnet, 2, ("bare", "again", "run")
 
 
-def quick_cases() -> Iterator[tuple[str, "Case", int, tuple[str, ...]]]:
+def quick_cases() -> Iterator[tuple[str, "Case", int, Iterable[str]]]:
     yield "MLP on SZT", szt(epochs=1), 1, WAYS
 
 
 class Case:
-    """What is trained, and for how long."""
+    """What is trained, and for how long. Seconds count from the end of the first `unclocked` epochs."""
 
-    def __init__(self, data: Data, args: Namespace):
-        self.args, self.data = args, data
-        batches = len(Batches(data.dataset, "train", args.batch_size))
-        self.num_steps = batches * args.epochs
+    def __init__(self, data: Data, args: Namespace, unclocked: int = 0):
+        self.args, self.data, self.unclocked = args, data, unclocked
+        self.num_steps = args.epochs * len(Batches(data.dataset, "train", args.batch_size))
+        self.device = "cuda" if args.accelerator == "gpu" else "cpu"
 
     def module(self) -> Classifier:
         return program.new_classifier(flags_of_run(self.args), self.data)
+
+    def batches(self, split: str, batch_size: int, **options: object) -> Batches:
+        return Batches(self.data.dataset, split, batch_size, device=self.device, **options)
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.args.precision == "bf16-mixed")
+
+
+class Clock(Callback):
+    """Seconds from the end of the first epochs that do not count."""
+
+    def __init__(self, case: Case):
+        self.case = case
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.case.unclocked:
+            self.start()
+
+    def start(self) -> None:
+        synchronise(self.case.device)
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        synchronise(self.case.device)
+        return time.perf_counter() - self.started
 
 
 def szt(epochs: int) -> Case:
@@ -75,54 +103,55 @@ def quiet_args(*argv: str) -> Namespace:
     return get_args([*argv, "--accelerator", "cpu", "--quiet", "--no-plots", "--no-nc", "--no-dib"])
 
 
-def row(name: str, case: Case, rounds: int, chosen: Sequence[str]) -> Row:
+def row(name: str, case: Case, rounds: int, chosen: Iterable[str]) -> Row:
     """Some ways of training against the bare loop."""
-    ways = dict(zip(WAYS, (bare_loop, bare_loop, with_trainer, with_run, with_data_loader), strict=True))
-    same = [ways[way](case)[0].network.state_dict().values() for way in ("bare", "run")]  # and a warm-up
+    same = [WAYS[way](case)[0].network.state_dict().values() for way in ("bare", "run")]  # and a warm-up
     assert all(torch.equal(a, b) for a, b in zip(*same, strict=True)), f"{name}: the bare loop trains something else"
-    times = timed_by({way: lambda train=ways[way]: train(case)[1] for way in chosen}, rounds, warm_up=False)
-    ratios = {way: times.ratio(way, "bare") if way in times else None for way in WAYS[1:]}
-    saved = times.ratio("DataLoader", "run") if "DataLoader" in times else None
-    return {
-        "": name,
-        "ms a bare step": 1e3 * times.median("bare") / case.num_steps,
-        **ratios,
-        "DataLoader / run": saved,
-    }
+    times = timed_by({way: lambda train=WAYS[way]: train(case)[1] for way in chosen}, rounds, warm_up=False)
+    ratios = {way: times.ratio(way, "bare") if way in times else None for way in WAYS if way != "bare"}
+    saved = {f"{way} / run": times.ratio(way, "run") if way in times else None for way in WAYS if "DataLoader" in way}
+    return {"": name, "ms a bare step": 1e3 * times.median("bare") / case.num_steps, **ratios, **saved}
 
 
 def bare_loop(case: Case) -> tuple[Classifier, float]:
-    """What one would write by hand."""
-    module, args = case.module(), case.args
+    """What one would write by hand, with the module's own recipe."""
+    module, args, clock = case.module().to(case.device), case.args, Clock(case)
     network, hp = module.network, module.hparams
-    train = Batches(case.data.dataset, "train", args.batch_size, shuffle=True, **case.data.random)
-    test = Batches(case.data.dataset, "test", 4096)
-    start = time.perf_counter()
-    optimizer = module._optimizer()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step / case.num_steps, hp))
+    train = case.batches("train", args.batch_size, shuffle=True, **case.data.random)
+    test = case.batches("test", 4096)
+    progress = SimpleNamespace(estimated_stepping_batches=case.num_steps, max_epochs=args.epochs, global_step=0)
+    module.trainer = progress  # all that the recipe asks a Trainer for
+    recipe = module.configure_optimizers()
+    optimizer, schedule = recipe["optimizer"], recipe["lr_scheduler"]["scheduler"]
     for epoch in range(args.epochs):
+        if epoch == case.unclocked:
+            clock.start()
         train.set_epoch(epoch)
         tally = []
         for x, y in train:
-            logits = network(x)
-            loss = F.cross_entropy(logits, y, label_smoothing=hp.label_smoothing)
+            with case.precision():
+                logits = network(x)
+                loss = F.cross_entropy(logits, y, label_smoothing=hp.label_smoothing)
             tally.append((len(y), loss.detach(), (logits.detach().argmax(1) == y).sum()))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            progress.global_step += 1
+            if hp.lookahead and (progress.global_step % LOOKAHEAD_STEPS == 0 or module._is_last_step()):
+                module._look_ahead()
         means(tally)
-        tested(network, test)
-    return module, time.perf_counter() - start
+        tested(module, test, case)
+    return module, clock.seconds()
 
 
 @torch.no_grad()
-def tested(network: nn.Module, batches: Batches) -> tuple[float, float]:
+def tested(module: Classifier, batches: Batches, case: Case) -> tuple[float, float]:
     """Mean loss and accuracy in eval mode."""
-    tally = []
-    with evaluating(network):
+    network, tally = module.network, []
+    with evaluating(network), case.precision():
         for x, y in batches:
-            logits = network(x)
+            logits = logits_over_views(network, x) if module.hparams.tta else network(x)
             tally.append((len(y), F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()))
     return means(tally)
 
@@ -145,25 +174,60 @@ def with_run(case: Case) -> tuple[Classifier, float]:
 
 
 def with_data_loader(case: Case) -> tuple[Classifier, float]:
-    """The same run, its batches from torch's DataLoader."""
-    halves = {}
-    for split in ("train", "test"):
-        batches = Batches(case.data.dataset, split, 1)
-        samples = TensorDataset(batches[torch.arange(batches.num_samples)], batches.labels)
-        halves[split] = DataLoader(samples, case.args.batch_size, shuffle=split == "train")
-    loaders = {"train_dataloaders": halves["train"], "val_dataloaders": halves["test"]}
+    """The same run, its batches from torch's DataLoader over samples that are normalised beforehand."""
+
+    def samples(split: str) -> Dataset:
+        batches = case.batches(split, 1)
+        return TensorDataset(batches[torch.arange(batches.num_samples)], batches.labels)
+
+    return with_samples(case, samples)
+
+
+def with_data_loader_of_bytes(case: Case) -> tuple[Classifier, float]:
+    """The same over samples that lie in memory as ours do, and are normalised when they are asked for."""
+    return with_samples(case, lambda split: Normalised(case.data.dataset, split))
+
+
+class Normalised(Dataset):
+    """Samples one by one, normalised."""
+
+    def __init__(self, dataset: datasets.Dataset, split: str):
+        half, per_channel = getattr(dataset, split), (-1, *[1] * (len(dataset.shape) - 1))
+        self.inputs, self.labels = half.inputs, half.labels
+        self.offset, self.scale = dataset.offset.view(per_channel), dataset.scale.view(per_channel)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inputs[index].float().sub_(self.offset).mul_(self.scale), self.labels[index]
+
+
+def with_samples(case: Case, samples: Callable[[str], Dataset]) -> tuple[Classifier, float]:
+    train = DataLoader(samples("train"), case.args.batch_size, shuffle=True)
+    loaders = {"train_dataloaders": train, "val_dataloaders": DataLoader(samples("test"), case.args.batch_size)}
     with tempfile.TemporaryDirectory() as log_dir, RunFolder.new(log_dir) as folder:
         return fitted(case, callbacks=[Console(quiet=True), RunRecord(folder)], **loaders)
 
 
 def fitted(case: Case, datamodule: Data | None = None, train_dataloaders: object = None, val_dataloaders: object = None,
-           **options: object) -> tuple[Classifier, float]:  # fmt: skip
-    """A module trained by the program's trainer, and the seconds of `fit`."""
-    module, trainer = case.module(), program.new_trainer(case.args, **options)
-    start = time.perf_counter()
+           callbacks: Sequence[Callback] = (), **options: object) -> tuple[Classifier, float]:  # fmt: skip
+    """A module trained by the program's trainer, and its seconds."""
+    clock = Clock(case)
+    trainer = program.new_trainer(case.args, callbacks=[clock, *callbacks], **options)
+    module = case.module()
     trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=datamodule)
-    return module, time.perf_counter() - start
+    return module, clock.seconds()
 
+
+WAYS = {
+    "bare": bare_loop,
+    "again": bare_loop,
+    "trainer": with_trainer,
+    "run": with_run,
+    "DataLoader": with_data_loader,
+    "DataLoader of bytes": with_data_loader_of_bytes,
+}
 
 if __name__ == "__main__":
     main()
