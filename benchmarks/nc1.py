@@ -1,53 +1,70 @@
-"""How long NC1 of all layers takes next to the plain forward passes over the same data, side by side.
+"""What NC1 of all layers costs: next to the forward passes over the same data, and next to d × d matrices.
 
-    python benchmarks/nc1.py
-    python benchmarks/nc1.py --device cuda --samples 50000
+    OMP_NUM_THREADS=1 python benchmarks/nc1.py
+    python benchmarks/nc1.py --models ResNet --samples 1000
 
-Kept: all activations fit into the cache, one forward pass serves both of NC1's. Not kept: two forward passes. The
-column "again" is the forward pass against itself: what differs from 1 there is noise.
+Claims: at most 1.3 times the plain forward passes (MLP on SZT, whose forward pass is under a millisecond: 6 times);
+no d × d matrix, so that d = 10⁶ needs little more than what a batch and the class sums take. Kept: all activations
+fit into the cache, one forward pass serves both of NC1's, relative to one. Not kept: relative to two. "again" is the
+same thing measured twice: what differs from 1 there is noise.
 """
 
-import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+import json
+from collections.abc import Callable, Iterable
 
 import torch
+from common import ROOT, Row, Times, arguments, in_fresh_process, made_up, report, side_by_side
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from datasets import load
+from datasets import Batches, load
 from networks import build_network
 from neural_collapse import neural_collapse
 
-CASES = {  # model → shape of a sample, batch size, samples on a CPU
+CASES = {  # model → shape of a sample, batch size, samples that a CPU is through with in seconds
     "MLP": ((12,), 4096, 3481),
-    "MNISTNet": ((1, 28, 28), 1337, 10_000),
-    "CIFARNet": ((3, 32, 32), 341, 1000),
-    "ResNet": ((3, 32, 32), 128, 256),
+    "MNISTNet": ((1, 28, 28), 1337, 2674),
+    "CIFARNet": ((3, 32, 32), 341, 341),
+    "ResNet": ((3, 32, 32), 128, 128),
 }
+DENSE = ((512, 1000, 100), (2048, 1000, 100), (8192, 1000, 100))  # d, samples, batch size
+WIDE = ((100_000, 1000, 100), (1_000_000, 200, 20))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--models", nargs="*", default=list(CASES), choices=CASES)
-    parser.add_argument("--samples", type=int, help="instead of what a CPU is through with in seconds")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, medians of {args.repeats}")
-    print(f"{'model':<10}{'samples':>9}{'forward':>10}{'again':>8}{'kept':>8}{'not kept':>10}")
-    for model in args.models:
-        print(row(model, args.device, args.samples, args.repeats), flush=True)
+    models = {"nargs": "*", "default": list(CASES), "choices": CASES}
+    args = arguments(__doc__, models=models, samples={"type": int})
+    if args.quick:
+        quick = {"NC1 next to d × d matrices": dense_table(DENSE[:1]), "MLP": forward_table(["MLP"], None, rounds=1)}
+        report("nc1", quick, args)
+        return
+    tables = {
+        "NC1 next to the forward pass": forward_table(args.models, args.samples, rounds=3),
+        "NC1 next to d × d matrices": dense_table(DENSE),
+        "NC1 of wide layers": wide_table(WIDE),
+    }
+    report("nc1", tables, args)
 
 
-def row(model: str, device: str, samples: int | None, repeats: int) -> str:
-    shape, batch_size, of_a_cpu = CASES[model]
-    num = samples or of_a_cpu
-    batches = made_up(model, shape, num, batch_size, device)
+def forward_table(models: list[str], samples: int | None, rounds: int) -> list[Row]:
+    return [forward_row(model, samples or CASES[model][2], rounds) for model in models]
+
+
+def forward_row(model: str, samples: int, rounds: int) -> Row:
+    times = beside_forward(model, samples, rounds)
+    return {
+        "model": model,
+        "samples": samples,
+        "forward, s": times.median("forward"),
+        "again": times.ratio("again", "forward"),
+        "kept": times.ratio("kept", "forward"),
+        "not kept": times.ratio("not kept", "twice"),
+    }
+
+
+def beside_forward(model: str, samples: int, rounds: int, device: str = "cpu") -> Times:
+    """Seconds of one and two forward passes, and of NC1 with and without room to keep activations."""
+    shape, batch_size, _ = CASES[model]
+    batches = samples_of(model, shape, samples, batch_size, device)
     options = {"widths": (10, 7, 5, 4, 3), "nonlinearity": "tanh"} if model == "MLP" else {}
     num_classes = 2 if model == "MLP" else 10
     network = build_network(model, shape, num_classes, **options).to(device).eval()
@@ -57,43 +74,62 @@ def row(model: str, device: str, samples: int | None, repeats: int) -> str:
         for x, _ in batches:
             network(x)
 
+    def twice() -> None:
+        forward()
+        forward()
+
     def nc1(cache_bytes: int) -> Callable[[], object]:
         return lambda: neural_collapse(network.feature_extractor, batches, num_classes, cache_bytes)
 
-    timed = {"forward": forward, "again": forward, "kept": nc1(2**62), "not kept": nc1(0)}
-    seconds = side_by_side(timed, repeats, device)
-    once = seconds["forward"]
-    again, kept, twice = seconds["again"] / once, seconds["kept"] / once, seconds["not kept"] / (2 * once)
-    return f"{model:<10}{num:>9}{once:>8.4f} s{again:>8.2f}{kept:>8.2f}{twice:>10.2f}"
+    ways = {"forward": forward, "again": forward, "twice": twice, "kept": nc1(2**62), "not kept": nc1(0)}
+    return side_by_side(ways, rounds, device)
 
 
-def made_up(model: str, shape: tuple, num: int, batch_size: int, device: str) -> list[tuple[Tensor, Tensor]]:
-    """SZT for the MLP; else random images, whose values cost what real ones do."""
-    if model == "MLP":
-        train = load("SZT").train
-        x, y = train.inputs.float().mul(2).sub(1), train.labels
-    else:
-        generator = torch.Generator().manual_seed(0)
-        x, y = torch.randn(num, *shape, generator=generator), torch.arange(num) % 10
-    return list(zip(x.to(device).split(batch_size), y.to(device).split(batch_size), strict=True))
+def samples_of(
+    model: str, shape: tuple[int, ...], num: int, batch_size: int, device: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Batches of SZT for the MLP, else of random images, on the device."""
+    dataset = load("SZT") if model == "MLP" else made_up(num, 10, shape)
+    return list(Batches(dataset, "train", batch_size, device=device))
 
 
-def side_by_side(functions: dict[str, Callable], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each, taken in turn, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(1 + repeats):
-        for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+def dense_table(sizes: Iterable[tuple[int, int, int]]) -> list[Row]:
+    rows = []
+    for d, samples, batch_size in sizes:
+        ours, again, dense = (measured(route, d, samples, batch_size) for route in ("streamed", "streamed", "dense"))
+        rows.append(
+            {
+                "d": d,
+                "ours, s": ours["seconds"],
+                "again": again["seconds"] / ours["seconds"],
+                "d × d": dense["seconds"] / ours["seconds"],
+                "ours, MB": ours["megabytes"],
+                "d × d, MB": dense["megabytes"],
+                "they differ by": f"{abs(dense['nc1'] / ours['nc1'] - 1):.0e}",
+            }
+        )
+    return rows
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+def wide_table(sizes: Iterable[tuple[int, int, int]]) -> list[Row]:
+    """Peak memory above what the process held before, next to what a batch takes and what a d × d matrix would."""
+    return [
+        {
+            "d": d,
+            "samples": samples,
+            "a batch, MB": 4e-6 * batch_size * d,
+            "peak, MB": measured("streamed", d, samples, batch_size)["megabytes"],
+            "one d × d matrix, GB": 4e-9 * d * d,
+        }
+        for d, samples, batch_size in sizes
+    ]
+
+
+def measured(route: str, d: int, samples: int, batch_size: int) -> dict[str, float]:
+    """Seconds, megabytes and value from a process of its own."""
+    done = in_fresh_process(ROOT / "benchmarks" / "one_nc1.py", route, d, samples, batch_size)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
