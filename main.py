@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import ranks
 import slurm
 from errors import Interrupted, UserError, is_out_of_memory
-from sweep import sweep
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -33,6 +32,20 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says. Exit status: 0 done, 1 error, 2 wrong flag, 128 + the number of a signal."""
     Interrupted.on(signal.SIGINT, signal.SIGTERM, *slurm.time_out_signals())
+    ranks.end_with_starter()
+    try:
+        return attempt(sys.argv[1:] if argv is None else argv)
+    except Interrupted as signal_:
+        Interrupted.over()
+        if ranks.name_by_environment():
+            time.sleep(ranks.COURTESY)  # the first rank says it, and asks SLURM for another turn
+            return signal_.status
+        ended(signal_, signal_.status)
+        return ended(slurm.requeue(), signal_.status) if signal_.number == signal.SIGUSR1 else signal_.status
+
+
+def attempt(argv: list[str]) -> int:
+    """Do it, or say in a sentence why not."""
     try:
         from flags import get_args
 
@@ -40,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.list_layers:
             list_layers(args)
         elif isinstance(args.seed, list):
-            return sweep(args, sys.argv[1:] if argv is None else argv)
+            from sweep import sweep
+
+            return sweep(args, argv)
         elif args.measure:
             measure(args)
         else:
@@ -62,21 +77,17 @@ def main(argv: list[str] | None = None) -> int:
             "or --precision bf16-mixed",
             1,
         )
-    except Interrupted as signal_:
-        Interrupted.over()
-        if ranks.name_by_environment():
-            time.sleep(ranks.COURTESY)  # the first rank says it, and asks SLURM for another turn
-            return signal_.status
-        ended(signal_, signal_.status)
-        return ended(slurm.requeue(), signal_.status) if signal_.number == signal.SIGUSR1 else signal_.status
     return 0
 
 
 def ended(why: object, status: int) -> int:
-    """Say why the program ends early; the exit status. What happens to all ranks the first one says."""
+    """Say why the program ends early; the exit status.
+
+    Ranks behind the first speak later: where all end for the same reason, their launcher has mostly ended them by then.
+    """
     rank = ranks.name_by_environment()
     if rank:
-        time.sleep(ranks.COURTESY)  # with the first one gone, this process is ended meanwhile
+        time.sleep(ranks.COURTESY)
     print(f"main.py: {rank}{why}", file=sys.stderr)
     return status
 
@@ -99,7 +110,7 @@ def train(args: Namespace) -> None:
     trainer = new_trainer(args)
     about = facts(trainer, module, data, layers)  # what the machine lacks is said while there is no folder
 
-    us = ranks.assemble(trainer)
+    us = ranks.assemble(trainer, vars(args))
     console = Console(quiet=args.quiet or not us.is_first)
     with RunFolder.of(args, us) as folder:
         record = RunRecord(folder, save_every=args.save_every)
@@ -137,7 +148,7 @@ def measure(args: Namespace) -> None:
     trainer = new_trainer(args)
     about = facts(trainer, module, data, layers) | {"measured": args.measure}
 
-    us = ranks.assemble(trainer)
+    us = ranks.assemble(trainer, vars(args))
     console = Console(quiet=args.quiet or not us.is_first)
     with RunFolder.of(args, us) as folder:
         console.say(banner(args, about, folder.path))
@@ -279,4 +290,4 @@ def facts(trainer: Trainer, module: Classifier, data: Data, layers: list[str]) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main())

@@ -117,11 +117,14 @@ class Activations:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, within the limits that a batch system sets."""
+    """Bytes that can still be allocated on a device, within the limits that a batch system sets.
+
+    Processes that share a CPU share its memory.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(system_free_memory(), cgroup_free_memory())
+    return min(system_free_memory(), cgroup_free_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def system_free_memory() -> int:

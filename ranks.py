@@ -7,23 +7,28 @@ Imports nothing heavy: the program starts with it.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from errors import UserError
 
 if TYPE_CHECKING:
+    from subprocess import Popen
+
     from lightning.pytorch import Trainer
     from torch import Tensor, nn
 
 Thing = TypeVar("Thing")
 
 PATIENCE = timedelta(hours=6)  # a rank waits so long for another: heads of DIB may take hours and differ by much of it
-WATCH = 1.0  # seconds between two looks at whether the first process of the machine still lives
-COURTESY = 3.0  # seconds for the first rank to say what went wrong on all of them
+WATCH = 1.0  # seconds between two looks at whether other processes of the machine still live
+PUNCTUAL = 20.0  # seconds after which it is said that not all processes are there yet
+COURTESY = 3.0  # seconds for who knows better to say what went wrong
 LOST = "another process of this run ended early, and so must this one"
 NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # where launchers tell a process which one it is
 
@@ -33,6 +38,7 @@ class Ranks:
 
     def __init__(self, index: int = 0, num: int = 1) -> None:
         self.index, self.num = index, num
+        self.advice = ""  # what to do when another one is lost
 
     @classmethod
     def of(cls, trainer: Trainer) -> Ranks:
@@ -94,28 +100,93 @@ def _device_of_collectives(tensor: Tensor) -> object:
     return torch.device("cuda", torch.cuda.current_device()) if torch.distributed.get_backend() == "nccl" else "cpu"
 
 
-def assemble(trainer: Trainer) -> Ranks:
+def assemble(trainer: Trainer, flags: Mapping[str, Any]) -> Ranks:
     """Let Lightning start the other processes, which run this same command, and connect all of them."""
     ranks, strategy = Ranks.of(trainer), trainer.strategy
-    if strategy.launcher is not None:
-        try:
-            strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"--devices {trainer.num_devices} and --num-nodes {trainer.num_nodes} do not work here: "
-                f"{' '.join(str(error).split())}"
-            ) from None
+    if strategy.launcher is None:
+        return ranks
     if not ranks.is_first:
         warnings.simplefilter("ignore")  # the first rank has the same ones
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    os.environ["STARTED_BY"] = str(os.getpid())
+    os.environ["LOCAL_WORLD_SIZE"] = str(trainer.num_devices)
+    _connect(trainer, ranks)
+    if ranks.from_first(dict(flags)) != dict(flags):
+        raise UserError("the processes of this run were started with different flags: give all the same command")
     return ranks
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: it may hang in a collective for good."""
-    while os.getppid() == parent:
+def _connect(trainer: Trainer, ranks: Ranks) -> None:
+    """Start the others and wait for them, in a thread: within torch this one could not be interrupted."""
+    import torch
+
+    strategy, ends = trainer.strategy, []
+
+    def launch() -> None:
+        try:
+            strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+            ends.append(torch.get_num_threads())
+        except BaseException as error:
+            ends.append(error)
+
+    thread, started = threading.Thread(target=launch, daemon=True), []
+    thread.start()
+    threading.Thread(target=_end_without, args=(started, ranks), daemon=True).start()
+    begin, is_told = time.monotonic(), False
+    while thread.is_alive():
+        thread.join(0.1)
+        # Lightning's own watch kills this process without a word; it finds nothing to watch any more.
+        started += _taken(getattr(strategy.launcher, "procs", []))
+        if not is_told and time.monotonic() - begin > PUNCTUAL:
+            where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            print(f"main.py: waiting for all {ranks.num} processes at {where}", file=sys.stderr, flush=True)
+            is_told = True
+    if isinstance(ends[0], ValueError | RuntimeError) and not is_lost_rank(ends[0]):
+        raise UserError(
+            f"--devices {trainer.num_devices} and --num-nodes {trainer.num_nodes} do not work here: "
+            f"{' '.join(str(ends[0]).split())}"
+        )
+    if isinstance(ends[0], BaseException):
+        raise ends[0]
+    torch.set_num_threads(ends[0])  # both are a thread's own: the number of threads
+    strategy.accelerator.setup_device(strategy.root_device)  # and CUDA's current device
+
+
+def _taken(things: list[Thing]) -> list[Thing]:
+    """What is in a list, which is then empty."""
+    taken = list(things)
+    things.clear()
+    return taken
+
+
+def _end_without(processes: list[Popen], ranks: Ranks) -> None:
+    """End this process when one that it started has failed, should it not notice itself: it may compute for hours."""
+    while not any(process.poll() for process in processes):
+        time.sleep(WATCH)
+    time.sleep(COURTESY)
+    print(f"main.py: {LOST}{ranks.advice}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def end_with_starter() -> None:
+    """From now on end with the process that started this one for its own: a sweep, the first rank, torchrun."""
+    starter = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get("STARTED_BY", 0))
+    if starter:
+        threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
+
+
+def _end_with(starter: int) -> None:
+    while os.getppid() == starter:
         time.sleep(WATCH)
     os._exit(1)
+
+
+def leave(status: int) -> NoReturn:
+    """Exit. Early and with other ranks about, without libraries' farewells, which may wait for them."""
+    if status and os.environ.get("STARTED_BY") == str(os.getpid()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def name_by_environment() -> str:

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import subprocess
 import time
 from argparse import Namespace
@@ -72,6 +73,7 @@ class RunFolder:
         """The folder that the flags mean: a new one, or the one to go on with. All ranks get the first one's."""
         if ranks.is_first:
             folder = cls.resumed(args.resume) if args.resume else cls.new(args.log_dir, args.name)
+            ranks.advice = folder.advice
             ranks.from_first((folder.path, folder.epoch))
             return folder
         path, epoch = ranks.from_first((Path(), None))
@@ -104,11 +106,15 @@ class RunFolder:
         if not self.is_ours:
             return
         self._lock.close()
-        advice = f"; `python main.py --resume {self.path}` goes on"
         if isinstance(error, Interrupted):
-            error.advice = advice
+            error.advice = self.advice
         elif isinstance(error, RuntimeError) and is_lost_rank(error):
-            raise UserError(LOST + advice) from error
+            raise UserError(LOST + self.advice) from error
+
+    @property
+    def advice(self) -> str:
+        """How to take up a run that ended early."""
+        return f"; `python main.py --resume {shlex.quote(str(self.path))}` goes on"
 
     def table(self, name: str, first_columns: Iterable[str]) -> "EpochTable":
         """A CSV file of this run; of a resumed one, up to its checkpoint's epoch."""

@@ -14,10 +14,13 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
+from errors import WrongFlag
+
 if TYPE_CHECKING:  # the program starts with this module and must be quick to listen to signals
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+PORT_STEP = 101  # between runs of one job
 INTERACTIVE = ("bash", "interactive")  # names of jobs in which somebody sits at the terminal, as Lightning has it
 
 
@@ -33,14 +36,28 @@ def job_id() -> str | None:
 
 
 def own_share(seeds: Sequence[int]) -> list[int]:
-    """Of several seeds those of this task, if it is one of an array job; else all of them."""
-    if not os.environ.get("SLURM_ARRAY_TASK_ID"):
+    """Of several seeds the one of this task, if it is one of an array job; else all of them."""
+    number = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if not number:
         return list(seeds)
-    first, step, num, task = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}") or default)
-        for name, default in (("MIN", "0"), ("STEP", "1"), ("COUNT", "1"), ("ID", "0"))
-    )
-    return list(seeds)[(task - first) // step :: num]
+    if int(number) >= len(seeds):
+        raise WrongFlag(
+            f"argument --seed: task {number} of the array job has no seed: tasks count from 0, so --array=0-"
+            f"{len(seeds) - 1} is for {len(seeds)} seeds"
+        )
+    return [seeds[int(number)]]
+
+
+def port_of_run(number: int) -> dict[str, str]:
+    """An environment in which the ranks of the job's next run meet at a place of their own.
+
+    Else one that is late would be taken for one of a later run, or the other way round.
+    """
+    is_of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_of_agent or not (job_id() or "MASTER_PORT" in os.environ):
+        return {}
+    first = os.environ.get("MASTER_PORT") or 15000 + int(job_id()[-4:])  # as Lightning has it
+    return {"MASTER_PORT": str(int(first) + PORT_STEP * number)}
 
 
 def requeue() -> str:

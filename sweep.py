@@ -2,23 +2,25 @@
 
     python main.py -m MLP -d MNIST --seed 0 1 2 3
 
-The seeds run one after another; one that fails, even by a kill, does not stop the rest. In an array job of SLURM each
-task takes its share of the seeds instead.
+The seeds run one after another; one that fails, even by a kill, does not stop the rest. In an array job of SLURM task
+i runs the i-th seed instead, counted from 0.
 """
 
 from __future__ import annotations
 
 import csv
+import os
+import shlex
 import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ranks
 import slurm
-from errors import Interrupted, WrongFlag
+from errors import Interrupted
 from tables import seeds_table
 
 MAIN = Path(__file__).with_name("main.py")
@@ -27,16 +29,14 @@ OUT_OF_TIME = 128 + signal.SIGUSR1
 
 
 def sweep(args: Namespace, argv: Sequence[str]) -> int:
-    """Run this task's share of the seeds. Exit status: 0 all done, 1 some failed, 138 out of time and requeued."""
+    """Run the seeds, or this task's one. Exit status: 0 all done, 1 some failed, 138 out of time and requeued."""
     seeds = slurm.own_share(args.seed)
-    if not seeds:
-        raise WrongFlag(f"argument --seed: {len(args.seed)} seeds are too few for the tasks of this array job")
     folders: dict[int, Path | None] = {}
     failed: dict[int, int] = {}
     try:
         for i, seed in enumerate(seeds, 1):
             say(args, f"seed {seed}, {i} of {len(seeds)}")
-            status, folder = run(command(argv, args.name, seed))
+            status, folder = run(command(argv, args.name, seed), slurm.port_of_run(i))
             if status == OUT_OF_TIME:
                 return status
             if status == 0:
@@ -71,14 +71,15 @@ def command(argv: Sequence[str], name: str | None, seed: int) -> list[str]:
     return [sys.executable, str(MAIN), *argv, "--seed", str(seed), *own_name]
 
 
-def run(line: Sequence[str]) -> tuple[int, Path | None]:
+def run(line: Sequence[str], env: Mapping[str, str]) -> tuple[int, Path | None]:
     """Exit status of a run, as a shell has it, and its folder; what it prints is passed on.
 
     Signals are passed on as well. The run knows what to do about a lack of time; after any other signal, the sweep
     ends with it.
     """
     folder = None
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"STARTED_BY": str(os.getpid())} | env
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=env)
     try:
         for text in process.stdout:
             print(text, end="", flush=True)
@@ -99,11 +100,11 @@ def run(line: Sequence[str]) -> tuple[int, Path | None]:
 
 def closing(folders: dict[int, Path | None]) -> str:
     """Means over the finished seeds' last epochs, and how to draw them together; empty for fewer than two."""
-    known = [folder for folder in folders.values() if folder is not None]
+    known = {seed: folder for seed, folder in folders.items() if folder is not None}
     if len(known) < 2:
         return ""
-    last_rows = [last_row(folder / "metrics.csv") for folder in known]
-    return f"\n{seeds_table(list(folders), last_rows)}\n\npython plots.py {' '.join(map(str, known))}"
+    last_rows = [last_row(folder / "metrics.csv") for folder in known.values()]
+    return f"\n{seeds_table(list(known), last_rows)}\n\npython plots.py {shlex.join(map(str, known.values()))}"
 
 
 def last_row(path: Path) -> dict[str, str]:

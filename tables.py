@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-UNSUMMED = ("epoch", "lr")
+UNSUMMED = ("epoch", "lr", "time/")
 MEASURES = {
     "NC1 train": "nc1/train/{}",
     "NC1 test": "nc1/test/{}",
@@ -81,7 +81,7 @@ def measure_table(first: Mapping[str, str], last: Mapping[str, str], layers: Seq
 
 def seeds_table(seeds: Sequence[int], rows: Sequence[Mapping[str, str]]) -> str:
     """Mean, standard deviation (n - 1), lowest and highest of every column over the seeds' last epochs."""
-    columns = list(dict.fromkeys(name for row in rows for name in row if name not in UNSUMMED))
+    columns = list(dict.fromkeys(name for row in rows for name in row if not name.startswith(UNSUMMED)))
     lines = []
     for name in columns:
         values = [float(row.get(name, "nan")) for row in rows]

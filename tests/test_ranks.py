@@ -297,6 +297,46 @@ def test_with_the_first_process_the_ones_it_started_end(number, tmp_path):
         assert text.count("\n") == 1 and "goes on" in text
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_also_while_the_processes_wait_for_each_other_all_end(number, tmp_path):
+    command = [sys.executable, ROOT / "main.py", *LONG, "--devices", "1", "--num-nodes", "2", "--accelerator", "cpu"]
+    env = os.environ | {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    time.sleep(8)  # the other machine never comes
+    assert process.poll() is None
+    process.send_signal(number)
+    start = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert time.monotonic() - start < 10 and not LOGS.exists()
+
+
+def test_a_process_that_dies_while_the_first_computes_on_its_own_ends_the_run_too(tmp_path):
+    command = [sys.executable, ROOT / "main.py", *TINY, "--dib-epochs", "20000", "--devices", "2", "--quiet"]
+    process = subprocess.Popen([*command, "--accelerator", "cpu"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (LOGS / "version_0/hparams.yaml").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)
+    children = [
+        pid for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()
+    ]
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, text = process.communicate(timeout=30)
+    assert process.returncode == 1 and text.count("\n") == 1
+    assert "another process of this run ended early" in text and "lightning_logs/version_0` goes on" in text
+
+
+def test_ranks_with_other_flags_are_refused(tmp_path):
+    env = {"MASTER_PORT": str(free_port())}
+    argv = [*TINY, "--devices", "2", "--accelerator", "cpu"]
+    runs = [Run([*argv, "--seed", str(seed)], tmp_path, env=task(seed) | env) for seed in range(2)]
+    ends = [run.end() for run in runs]
+    assert [status for status, _ in ends] == [1, 1]
+    assert "the processes of this run were started with different flags" in ends[1][1]
+
+
 def test_only_the_words_of_lost_connections_mean_a_lost_rank():
     assert is_lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3"))
     assert not is_lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

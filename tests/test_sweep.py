@@ -1,6 +1,5 @@
 """Several seeds: a run each, no failure stops the rest, the means are right, an array job shares them out."""
 
-import itertools
 import os
 import signal
 import statistics
@@ -16,7 +15,7 @@ import sweep
 from flags import get_args
 from main import main
 from runs import compare, load
-from slurm import own_share
+from slurm import port_of_run
 from sweep import command
 from tables import seeds_table
 
@@ -37,6 +36,14 @@ folder.mkdir(parents=True)
 (folder / "metrics.csv").write_text(f"epoch,lr,test_acc,nan\\n0,,0,\\n1,0.1,{seed},nan\\n")
 print("training")
 print(f"results in {folder}")
+"""
+
+
+WAITING = """
+import pathlib, time, ranks
+ranks.end_with_starter()
+pathlib.Path("begun").touch()
+time.sleep(60)
 """
 
 
@@ -113,6 +120,18 @@ def test_a_kill_of_one_seed_stops_no_other(stand_in, capfd):
     assert "python plots.py runs/1 runs/4" in told.out
 
 
+def test_with_the_sweep_its_seed_ends(stand_in, tmp_path):
+    """The sweep is killed; what it started notices, here by the main module's own watch."""
+    code = f"import sys, pathlib, sweep; sys.exit(sweep.run({[sys.executable, '-c', WAITING]!r}, {{}})[0])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    while not Path("begun").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=20)  # until the started one, which holds the pipe too, has ended
+
+
 def test_quiet_says_only_where_results_lie(stand_in, capfd):
     assert main(["--seed", "1", "4", "--quiet"]) == 0
     told = capfd.readouterr()
@@ -122,31 +141,35 @@ def test_quiet_says_only_where_results_lie(stand_in, capfd):
     ]
 
 
-@pytest.mark.parametrize("num_tasks", range(1, 6))
-@pytest.mark.parametrize(("first", "step"), [(0, 1), (1, 1), (10, 5)])
-def test_the_tasks_of_an_array_share_the_seeds_out(num_tasks, first, step, monkeypatch):
-    shares = []
-    for i in range(num_tasks):
-        task = {"ID": first + i * step, "MIN": first, "COUNT": num_tasks, "STEP": step}
-        for name, value in task.items():
-            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-        shares.append(own_share([5, 6, 7, 8]))
-    assert sorted(itertools.chain(*shares)) == [5, 6, 7, 8]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
 def test_a_task_of_an_array_runs_its_seed_alone(stand_in, monkeypatch, capfd):
-    for name, value in {"ID": "1", "MIN": "0", "COUNT": "2", "STEP": "1"}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     assert main(["--seed", "1", "4"]) == 0
     assert sorted(os.listdir("runs")) == ["4"]
 
 
 def test_a_task_without_a_seed_is_told(stand_in, monkeypatch, capfd):
-    for name, value in {"ID": "3", "MIN": "0", "COUNT": "4", "STEP": "1"}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert main(["--seed", "1", "4"]) == 2
-    assert "argument --seed: 2 seeds are too few" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "argument --seed: task 2 of the array job has no seed" in told and "--array=0-1 is for 2 seeds" in told
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "ports"),
+    [
+        ({}, [None, None]),
+        ({"MASTER_PORT": "9000"}, ["9101", "9202"]),
+        ({"SLURM_JOB_ID": "1230077"}, ["15178", "15279"]),
+        ({"MASTER_PORT": "9000", "TORCHELASTIC_USE_AGENT_STORE": "True"}, [None, None]),
+    ],
+)
+def test_the_ranks_of_every_seed_meet_at_a_port_of_its_own(env, ports, monkeypatch):
+    for name in ("MASTER_PORT", "SLURM_JOB_ID", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert [port_of_run(number).get("MASTER_PORT") for number in (1, 2)] == ports
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
