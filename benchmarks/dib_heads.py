@@ -111,16 +111,17 @@ def loop_over_heads(
         encoder, decoder = network.eval().get_encoder_decoder(layer)
         h = encoded(encoder, batches[torch.arange(batches.num_samples)]) if kept else None
         for digit in digits.T:
-            head = deepcopy(decoder).train()
+            head = deepcopy(decoder)
             network.reset(head)
             optimizer = torch.optim.Adam(head.parameters(), lr=learning_rate)
+            evaluated(head.eval(), encoder, batches, h, digit, batch_size)
             for _ in range(epochs):
+                head.train()
                 for rows in torch.randperm(len(digit)).split(batch_size):
                     optimizer.zero_grad()
                     F.cross_entropy(head(h[rows] if kept else encoded(encoder, batches[rows])), digit[rows]).backward()
                     optimizer.step()
                 evaluated(head.eval(), encoder, batches, h, digit, batch_size)
-                head.train()
 
 
 @torch.no_grad()
