@@ -1,4 +1,4 @@
-# make run ARGS="-m ResNet -d CIFAR10" · make test · make torture · make lint · make clean
+# make run ARGS="-m ResNet -d CIFAR10" · make test · make torture · make lint · make bench · make bench-gpu · make clean
 # Everything is installed into .venv, with the interpreter PYTHON.
 
 PYTHON ?= python3
@@ -6,7 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test torture lint clean
+# One thread: what other threads wait for is noise.
+BENCHMARKS := startup training_loop data nc1 nc1_scaling dib_heads run_with_measures
+
+.PHONY: run test torture lint bench bench-gpu clean
 
 run: $(VENV)/core
 	$(BIN)/python main.py $(ARGS)
@@ -21,6 +24,15 @@ torture: $(VENV)/test
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/core
+	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(ARGS); done
+	$(BIN)/python benchmarks/tables.py
+
+bench-gpu: $(VENV)/core
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+	cat benchmarks/results/gpu.json
+	$(BIN)/python benchmarks/tables.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
