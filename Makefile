@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 # One thread: what other threads wait for is noise.
-BENCHMARKS := startup training_loop data nc1 nc1_scaling dib_heads run_with_measures
+BENCHMARKS := startup training_loop data nc1 nc1_scaling dib_heads run_with_measures how_far devices
 
 .PHONY: run test torture lint bench bench-gpu clean
 

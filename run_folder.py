@@ -163,7 +163,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace a file's content so that at any moment the old or the new one is there, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     try:
         with open(beside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -176,6 +176,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def same_file(path: Path, other: Path) -> None:
+    """Let a second name mean the file that is there under the first, which is never written into, only replaced."""
+    beside = _beside(other)
+    try:
+        os.link(path, beside)
+        os.replace(beside, other)
+    except OSError:  # not every file system knows links
+        write_whole(other, path.read_bytes())
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -300,8 +315,11 @@ class RunRecord(Checkpoint):
             names.append("best.ckpt")
         if self.save_every and epoch % self.save_every == 0:
             names.append(f"epoch{epoch:04d}.ckpt")
-        for name in reversed(names):  # last.ckpt at the end: what a resumed run relies on is then all there
-            trainer.save_checkpoint(self.folder.path / "checkpoints" / name)
+        folder = self.folder.path / "checkpoints"
+        trainer.save_checkpoint(folder / names[-1])
+        if trainer.is_global_zero:
+            for name in names[-2::-1]:  # last.ckpt at the end: what a resumed run relies on is then all there
+                same_file(folder / names[-1], folder / name)
 
     def write_row(self, trainer: Trainer, pl_module: LightningModule, epoch: int, seconds: float = 0.0) -> None:
         row = {"epoch": epoch}
