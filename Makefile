@@ -27,12 +27,12 @@ lint: $(VENV)/test
 
 bench: $(VENV)/core
 	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(ARGS); done
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/refresh_readme.py
 
 bench-gpu: $(VENV)/core
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 	cat benchmarks/results/gpu.json
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/refresh_readme.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -91,9 +91,9 @@ def made_up(num_train: int, num_test: int, shape: Sequence[int] = (3, 32, 32)) -
     )
 
 
-def in_fresh_process(*command: object) -> subprocess.CompletedProcess:
+def in_fresh_process(*command: object, **env: str) -> subprocess.CompletedProcess:
     """This Python with these arguments, its output kept."""
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | env)
 
 
 def report(name: str, tables: Mapping[str, Sequence[Row]], args: argparse.Namespace) -> None:
@@ -157,7 +157,7 @@ def git_commit() -> str | None:
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        status = [*git, "status", "--porcelain", "-uno", "--", ".", ":!benchmarks"]
+        status = [*git, "status", "--porcelain", "-uno", "--", ".", ":!benchmarks", ":!docs"]
         changed = subprocess.run(status, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -25,7 +25,7 @@ def main() -> None:
         accelerator={"default": "cpu"},
         devices={"nargs": 2, "type": int, "default": [1, 2]},
     )
-    num, epochs = (100, 1) if args.quick else (2000, 3)
+    num, epochs = (100, 1) if args.quick else (1000, 3)
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", num)
         few, many = args.devices

@@ -23,11 +23,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from decodable_information import decodable_information
-from measures import MAX_ONE_HOT_CLASSES, PIECE_ELEMENTS, add_to_classes, class_members
+from measures import MAX_ONE_HOT_CLASSES, add_to_classes, class_members, pieces
 from networks import Network, build_network, dimensions
 from neural_collapse import neural_collapse
 
 BATCH = 256
+CONSTANTS_WIDTH = 2**16  # dimensions where the constants are measured: larger than caches
 IMAGES, CLASSES, DIGITS, HEAD_EPOCHS = 1_281_167, 1000, 2, 2  # of ImageNet, and of the presets for large networks
 # Assumed, not measured: what a recent GPU sustains of its peak, and a network link, in operations and bytes a second.
 HALF, DOUBLE, LINK, LINK_BETWEEN_MACHINES = 50e12, 40e12, 200e9, 25e9
@@ -59,25 +60,23 @@ def nc1_points(scale: int) -> list[Row]:
 
 
 def constants(num_classes: int) -> tuple[float, float, float]:
-    """Seconds per value of a batch of activations: to copy it in float64, to multiply it, to add it to a class."""
-    width = PIECE_ELEMENTS["cpu"] // BATCH
-    h, y = torch.randn(BATCH, width), torch.arange(BATCH) % num_classes
-    double, sums, weights = (
-        h.double(),
-        torch.zeros(num_classes, width).double(),
-        torch.randn(num_classes, BATCH).double(),
-    )
+    """Seconds per value of an activation: to copy it in float64, to multiply the copy, to add it to a class."""
+    h, y = torch.randn(BATCH, CONSTANTS_WIDTH), torch.arange(BATCH) % num_classes
+    sums, weights = torch.zeros(num_classes, CONSTANTS_WIDTH).double(), torch.randn(num_classes, BATCH).double()
     members = class_members(y, num_classes)
-    seconds = side_by_side(
-        {
-            "copy": lambda: h.double(),
-            "product": lambda: sums.addmm_(weights, double),
-            "addition": lambda: add_to_classes(sums, h, y, members),
-        },
-        rounds=20,
-    )
-    copy, product, addition = (seconds.median(name) / h.numel() for name in ("copy", "product", "addition"))
-    return copy, product, max(addition - copy, 0.0)
+
+    def copy() -> None:
+        for columns in pieces(h):
+            h[:, columns].double()
+
+    def multiply() -> None:
+        for columns in pieces(h):
+            sums[:, columns].addmm_(weights, h[:, columns].double())
+
+    ways = {"copy": copy, "product": multiply, "addition": lambda: add_to_classes(sums, h, y, members)}
+    times = side_by_side(ways, rounds=5)
+    copied, *others = (times.median(name) / h.numel() for name in ways)
+    return copied, *(other - copied for other in others)
 
 
 def network_points(scale: int) -> list[Row]:

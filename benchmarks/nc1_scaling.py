@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from common import ROOT, Row, arguments, report, side_by_side
-from nc1 import measured
+from nc1 import peak
 from torch import Tensor
 
 from neural_collapse import neural_collapse
@@ -27,9 +27,9 @@ Course = dict[int, float]  # size → seconds or megabytes
 
 def main() -> None:
     args = arguments(__doc__)
-    factors, rounds = (FACTORS[:2], 1) if args.quick else (FACTORS, 5)
+    factors, rounds = (FACTORS[:2], 1) if args.quick else (FACTORS, 3)
     seconds = times(factors, rounds)
-    memory = {SAMPLES * k: measured("streamed", 4096, SAMPLES * k, MEMORY_BATCH)["megabytes"] for k in factors[::3]}
+    memory = {SAMPLES * k: peak("streamed", 4096, SAMPLES * k, MEMORY_BATCH) for k in factors[::3]}
     rows = [time_row(name, course) for name, course in seconds.items()]
     memory_rows = [{"samples": size, "peak, MB": megabytes} for size, megabytes in memory.items()]
     tables = {"Slope of NC1's time in log-log": rows, "Peak memory at d = 4096, batches of 100": memory_rows}

@@ -26,7 +26,7 @@ main.main()
 
 def main() -> None:
     args = arguments(__doc__)
-    rounds = 1 if args.quick else 5
+    rounds = 1 if args.quick else 3
     with tempfile.TemporaryDirectory() as log_dir:
         first_step = ("-c", FIRST_STEP, ROOT, "--accelerator", "cpu", "--quiet", "--log-dir", log_dir)
         ways = {

@@ -15,6 +15,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -105,9 +106,15 @@ def quiet_args(*argv: str) -> Namespace:
 
 def row(name: str, case: Case, rounds: int, chosen: Iterable[str]) -> Row:
     """Some ways of training against the bare loop."""
-    same = [WAYS[way](case)[0].network.state_dict().values() for way in ("bare", "run")]  # and a warm-up
+    trained = {}
+
+    def clock(way: str) -> float:
+        trained[way], seconds = WAYS[way](case)
+        return seconds
+
+    times = timed_by({way: partial(clock, way) for way in chosen}, rounds, warm_up=rounds > 2)
+    same = [trained[way].network.state_dict().values() for way in ("bare", "run")]
     assert all(torch.equal(a, b) for a, b in zip(*same, strict=True)), f"{name}: the bare loop trains something else"
-    times = timed_by({way: lambda train=WAYS[way]: train(case)[1] for way in chosen}, rounds, warm_up=False)
     ratios = {way: times.ratio(way, "bare") if way in times else None for way in WAYS if way != "bare"}
     saved = {f"{way} / run": times.ratio(way, "run") if way in times else None for way in WAYS if "DataLoader" in way}
     return {"": name, "ms a bare step": 1e3 * times.median("bare") / case.num_steps, **ratios, **saved}

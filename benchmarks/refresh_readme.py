@@ -1,6 +1,6 @@
 """Puts the latest results into benchmarks/README.md, between the markers that name them.
 
-python benchmarks/tables.py
+python benchmarks/refresh_readme.py
 """
 
 import json
