@@ -140,21 +140,21 @@ def _connect(trainer: Trainer, ranks: Ranks) -> None:
             where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
             print(f"main.py: waiting for all {ranks.num} processes at {where}", file=sys.stderr, flush=True)
             is_told = True
-    if isinstance(ends[0], ValueError | RuntimeError) and not is_lost_rank(ends[0]):
-        raise UserError(
-            f"--devices {trainer.num_devices} and --num-nodes {trainer.num_nodes} do not work here: "
-            f"{' '.join(str(ends[0]).split())}"
-        )
-    if isinstance(ends[0], BaseException):
-        raise ends[0]
-    torch.set_num_threads(ends[0])  # both are a thread's own: the number of threads
+    [end] = ends
+    if isinstance(end, ValueError | RuntimeError) and not is_lost_rank(end):
+        flags = f"--devices {trainer.num_devices} and --num-nodes {trainer.num_nodes}"
+        raise UserError(f"{flags} do not work here: {' '.join(str(end).split())}")
+    if isinstance(end, BaseException):
+        raise end
+    torch.set_num_threads(end)  # both are a thread's own: the number of threads
     strategy.accelerator.setup_device(strategy.root_device)  # and CUDA's current device
 
 
 def _taken(things: list[Thing]) -> list[Thing]:
-    """What is in a list, which is then empty."""
-    taken = list(things)
-    things.clear()
+    """What was in a list, to which another thread may add meanwhile."""
+    taken = []
+    while things:
+        taken.append(things.pop())
     return taken
 
 
@@ -198,5 +198,5 @@ def name_by_environment() -> str:
 def is_lost_rank(error: BaseException) -> bool:
     """Whether another process was not there any more. Like memory's end, torch tells it in a RuntimeError's words."""
     kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    words = ("closed by peer", "reset by peer", "Broken pipe", "pair closure", "Timed out waiting")
     return type(error).__name__ in kinds or any(word in str(error) for word in words)

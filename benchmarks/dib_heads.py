@@ -44,7 +44,7 @@ def main() -> None:
     tables = {
         "MLP on SZT: 5 layers × 11 heads, 3 head epochs": szt_table([256, 512, 1024], args.device, rounds=3, epochs=3),
         "Convolutional networks: 4 heads a layer, 1 head epoch of 2 minibatches": [
-            model_row(model, args.device, rounds=2) for model in args.models
+            model_row(model, args.device, rounds=1) for model in args.models
         ],
         "One step of the heads of a layer": [
             row for model in args.models for row in step_rows(model, args.device, rounds=2)

@@ -38,7 +38,7 @@ def main() -> None:
         report("nc1", quick, args)
         return
     tables = {
-        "NC1 next to the forward pass": forward_table(args.models, args.samples, rounds=3),
+        "NC1 next to the forward pass": forward_table(args.models, args.samples, rounds=2),
         "NC1 next to d × d matrices": dense_table(DENSE),
         "NC1 of wide layers": wide_table(WIDE),
     }

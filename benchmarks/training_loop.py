@@ -45,7 +45,7 @@ def cases() -> Iterator[tuple[str, "Case", int, Iterable[str]]]:
     mnistnet = images("MNISTNet", (1, 28, 28), num=5120, batch_size=256)
     yield "MNISTNet, 28 × 28, batch 256", mnistnet, 3, ("bare", "again", "trainer", "run")
     resnet = images("ResNet", (3, 32, 32), num=512, batch_size=512)
-    yield "ResNet, 32 × 32, batch 512", resnet, 2, ("bare", "again", "run")
+    yield "ResNet, 32 × 32, batch 512", resnet, 1, ("bare", "again", "run")
 
 
 def quick_cases() -> Iterator[tuple[str, "Case", int, Iterable[str]]]:
