@@ -4,12 +4,16 @@
 
 On a CPU a device is a process of one thread: two of them need two idle cores. On GPUs: --accelerator gpu --devices 1 4.
 Claim: the heads of DIB are shared out, so that N devices make it nearly N times as fast; training and NC1 are shared
-out by samples. "again" is one device a second time: what differs from 1 there is noise.
+out by samples. "again" is one device a second time: what differs from 1 there is noise. "room" is what the machine has
+for it: several runs of one device at once against a run alone. Where cores share caches, memory or arithmetic units,
+that is less than their number.
 """
 
 import csv
 import statistics
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +33,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", num)
         few, many = args.devices
-        runs = {name: run(Path(folder), n, name, epochs, args.accelerator)
-                for name, n in (("few", few), ("many", many), ("again", few))}  # fmt: skip
+        start = partial(run, Path(folder), epochs=epochs, accelerator=args.accelerator)
+        runs = {name: start(n, name) for name, n in (("few", few), ("many", many), ("again", few))}
+        with ThreadPoolExecutor() as pool:  # each waits for a process
+            beside = list(pool.map(lambda i: start(few, f"beside{i}"), range(many // few)))
+        runs["room"] = {part: statistics.mean(seconds[part] for seconds in beside) * few / many for part in PARTS}
     report("devices", {f"{many} devices instead of {few}": [row(part, runs, few) for part in PARTS]}, args)
 
 
@@ -45,7 +52,7 @@ def write_images(folder: Path, num: int) -> None:
             Image.fromarray(pixels.numpy()).save(path)
 
 
-def run(folder: Path, devices: int, name: str, epochs: int, accelerator: str) -> dict[str, float]:
+def run(folder: Path, devices: int, name: str, *, epochs: int, accelerator: str) -> dict[str, float]:
     """Median seconds an epoch of training with its test, and of each measure, after the first epoch."""
     flags = ["-m", "MNISTNet", "-d", folder / "images", "-e", epochs, "-b", 100, "--rank", "--no-plots", "--quiet"]
     where = ["--accelerator", accelerator, "--devices", devices, "--log-dir", folder / "logs", "--name", name]
@@ -58,8 +65,9 @@ def run(folder: Path, devices: int, name: str, epochs: int, accelerator: str) ->
 
 def row(part: str, runs: dict[str, dict[str, float]], few: int) -> Row:
     seconds = runs["few"][part]
-    faster, again = (seconds / runs[name][part] for name in ("many", "again"))
-    return {"": part, f"s, {few} device{'s' * (few > 1)}": seconds, "times faster": faster, "again": again}
+    faster, room, again = (seconds / runs[name][part] for name in ("many", "room", "again"))
+    about = {"": part, f"s, {few} device{'s' * (few > 1)}": seconds}
+    return about | {"times faster": faster, "room": room, "again": again}
 
 
 if __name__ == "__main__":

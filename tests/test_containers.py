@@ -91,7 +91,7 @@ def imports(*paths):
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    own = {path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}
+    own = {path.stem for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")}
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - own
 
 
