@@ -17,7 +17,6 @@ Item = TypeVar("Item")
 
 UNWANTED_WARNINGS = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's way of asking torch
-    ".*sync_dist=True.*",  # what is logged is that of all ranks already
 )
 
 

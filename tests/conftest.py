@@ -1,5 +1,18 @@
-"""One thread for each process: tests are small, and several run at once."""
+"""One thread for each process: tests are small, and several run at once. And a place of its own for a test."""
 
 import os
+import signal
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, and by the processes that tests start
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """The test's working directory; afterwards signals mean again what they did before `main` ran in this process."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

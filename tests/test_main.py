@@ -22,13 +22,7 @@ MAIN = Path(__file__).parent.parent / "main.py"
 SHORT = ["-e", "2", "--dib-epochs", "1", "--no-plots"]
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def rows_of(folder, *, with_times=False):
