@@ -7,6 +7,7 @@
 Letters: N samples, B samples of a batch, C classes (in an image's shape: channels), H × W pixels, N_D digits.
 """
 
+import copy
 import fcntl
 import functools
 import hashlib
@@ -686,6 +687,12 @@ class Batches:
         """By what to multiply this rank's mean over a batch, so that the mean over ranks is that of all its samples."""
         start, stop = self._bounds[batch_idx]
         return len(range(start + self._rank, stop, self._world_size)) * self._world_size / (stop - start)
+
+    def relabelled(self, labels: Tensor) -> "Batches":
+        """The same samples with other labels, (N,) or several for each of them, (N, R)."""
+        other = copy.copy(self)
+        other.labels = labels.to(self.device)
+        return other
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         return self._normalised(self._fetched(indices))

@@ -214,12 +214,13 @@ def concatenated(batches: list[Batch]) -> Batch:
 class Means(NamedTuple):
     """One layer's mean over all samples, mu (d,), and M (C, d), whose rows are mu_c - mu, both float64.
 
-    Rows of classes without samples are zero. Where `coincide`, float32 does not tell the class means apart.
+    Rows of classes without samples are zero. Where `coincide`, float32 does not tell the class means apart. Under R
+    labelings each of the three has a dimension R in front.
     """
 
     mu: Tensor
     M: Tensor
-    coincide: bool
+    coincide: Tensor
 
 
 def class_means(
@@ -231,33 +232,37 @@ def class_means(
 
 
 def centred(sums: Tensor, counts: Tensor) -> Means:
-    """Means from class sums (C, d), whose memory becomes M: there may be gigabytes of it."""
-    mu = sums.sum(0) / counts.sum()  # (d,)
-    M = sums.div_(counts.clamp(min=1)[:, None])  # still the class means
-    floor = FLOAT32_EPS * torch.linalg.vector_norm(M)
-    M.sub_(mu).mul_((counts > 0)[:, None])
-    return Means(mu, M, coincide=bool(torch.linalg.vector_norm(M) <= floor))
+    """Means from class sums (C, d), or (R, C, d), whose memory becomes M: there may be gigabytes of it."""
+    mu = sums.sum(-2) / counts.sum(-1, keepdim=True)  # (d,)
+    M = sums.div_(counts.clamp(min=1)[..., None])  # still the class means
+    floor = FLOAT32_EPS * torch.linalg.vector_norm(M, dim=(-2, -1))
+    M.sub_(mu[..., None, :]).mul_((counts > 0)[..., None])
+    return Means(mu, M, coincide=torch.linalg.vector_norm(M, dim=(-2, -1)) <= floor)
 
 
 def class_sums(
     activations: Iterable[Batch], num_classes: int, ranks: Ranks = ALONE
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Every layer's sums over classes, {layer: (C, d)} in float64, and the class counts (C,)."""
+    """Every layer's sums over classes, {layer: (C, d)} in float64, and the class counts (C,).
+
+    Where a batch has R labels per sample, (B, R), the classes of the second ones follow those of the first, and so on:
+    C stands for R times the number of classes.
+    """
     sums: dict[str, Tensor] = {}
-    counts, num_samples = 0, 0
+    counts, num_labels = 0, 0
     for batch, y in joined(activations):
         members = class_members(y, num_classes)
         counts = counts + members.sum(1)
-        num_samples += len(y)
-        sums = sums or {layer: zeros(num_classes, h) for layer, h in batch.items()}
+        num_labels += y.numel()
+        sums = sums or {layer: zeros(len(members), h) for layer, h in batch.items()}
         for layer in sums:
             add_to_classes(sums[layer], batch[layer], y, members)
         del batch  # its memory is the next one's
-    if not num_samples:
+    if not num_labels:
         raise UserError("There is no sample to measure.")
-    counts = ranks.sum(torch.cat([counts, counts.new_tensor([num_samples])]))
-    counts, num_samples = counts[:-1], counts[-1]
-    if counts.sum() != num_samples:
+    counts = ranks.sum(torch.cat([counts, counts.new_tensor([num_labels])]))
+    counts, num_labels = counts[:-1], counts[-1]
+    if counts.sum() != num_labels:
         raise UserError(f"There are labels outside 0 to {num_classes - 1}, the {num_classes} classes.")
     sums = {layer: ranks.sum(s) for layer, s in sums.items()}
     check_finite(sums)
@@ -270,8 +275,12 @@ def zeros(num_rows: int, h: Tensor) -> Tensor:
 
 
 def class_members(y: Tensor, num_classes: int) -> Tensor:
-    """Which of the samples with labels y (B,) are of each class, (C, B); labels of no class are nowhere."""
-    return y == torch.arange(num_classes, device=y.device)[:, None]
+    """Which of the samples with labels y (B,) are of each class, (C, B); labels of no class are nowhere.
+
+    Of labels (B, R) one set of classes below the other, (R · C, B).
+    """
+    columns = y.view(len(y), -1).T  # (R, B)
+    return (columns[:, None] == torch.arange(num_classes, device=y.device)[:, None]).flatten(0, 1)
 
 
 def check_same_counts(counts: Tensor, counts_again: Tensor) -> None:
@@ -281,18 +290,26 @@ def check_same_counts(counts: Tensor, counts_again: Tensor) -> None:
 
 
 def add_to_classes(sums: Tensor, h: Tensor, y: Tensor, members: Tensor) -> None:
-    """Add each row of h (B, d) to its class's row of sums (C, d); the same bits in every run, on GPUs too."""
+    """Add each row of h (B, d) to its classes' rows of sums (C, d); the same bits in every run, on GPUs too."""
     by_product = len(sums) <= MAX_ONE_HOT_CLASSES
     one_hot = members.double() if by_product else None  # (C, B)
-    rows = None if by_product else y.clamp(0, len(sums) - 1)  # labels of no class: counts tell, later
+    rows = () if by_product else class_rows(y, len(sums))
     for columns in pieces(h):
         piece = h[:, columns].double()
         if by_product:
             sums[:, columns].addmm_(one_hot, piece)
-        elif h.is_cuda:  # index_add_ would add in random order there
-            sums[:, columns].index_put_((rows,), piece, accumulate=True)
-        else:
-            sums[:, columns].index_add_(0, rows, piece)
+        for row in rows:  # (B,)
+            if h.is_cuda:  # index_add_ would add in random order there
+                sums[:, columns].index_put_((row,), piece, accumulate=True)
+            else:
+                sums[:, columns].index_add_(0, row, piece)
+
+
+def class_rows(y: Tensor, num_rows: int) -> Tensor:
+    """In which of the rows of `class_sums` each sample is added, (R, B); labels of no class: counts tell, later."""
+    columns = y.view(len(y), -1).T  # (R, B)
+    num_classes = num_rows // len(columns)
+    return columns.clamp(0, num_classes - 1) + num_classes * torch.arange(len(columns), device=y.device)[:, None]
 
 
 def pieces(h: Tensor) -> Iterator[slice]:
@@ -429,6 +446,10 @@ class Parts:
     @property
     def labels(self) -> Tensor:
         return self.batches.labels
+
+    def relabelled(self, labels: Tensor) -> "Parts":
+        """The same samples with other labels."""
+        return Parts(self.batches.relabelled(labels), self.num_parts)
 
 
 class Shown:

@@ -4,10 +4,11 @@
 
 With T the seconds of one forward pass over the N samples, T_l that of the decoder behind layer l alone, C classes, d_l
 dimensions, K digits, E head epochs and R devices; and per value of an activation c seconds for a copy in float64, g for
-products with C columns, a for an addition to its class, which more than 32 classes take instead of one of the g:
+products with C columns, a for an addition to its class, which more than 16 classes take instead of two of the g. NC1 is
+that under the labels and under permuted ones:
 
     training  3 T / R
-    NC1       p T / R + Σ_l (2 N (c + g) / R + 3 C g) d_l      p = 1 if activations are kept, else 2
+    NC1       p T / R + Σ_l (2 N (c + 2 g) / R + 6 C g) d_l    p = 1 if activations are kept, else 2
     DIB       q T + K (4 E + 1) Σ_l T_l / R                    q = 1 if activations are kept, else 2 E + 1
 
 The constants are measured first, the points after them; a ratio of 1 is a perfect prediction.
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from decodable_information import decodable_information
 from measures import MAX_ONE_HOT_CLASSES, add_to_classes, class_members, pieces
 from networks import Network, build_network, dimensions
-from neural_collapse import neural_collapse
+from neural_collapse import nc1_of_labelings
 
 BATCH = 256
 CONSTANTS_WIDTH = 2**16  # dimensions where the constants are measured: larger than caches
@@ -50,13 +51,18 @@ def nc1_points(scale: int) -> list[Row]:
     for num, d, num_classes in ((1000, 100_000, 10), (1000, 100_000, 100), (4000, 10_000, 10)):
         d //= scale
         h, y = torch.randn(num, d), torch.arange(num) % num_classes
-        batches = list(zip(h.split(BATCH), y.split(BATCH), strict=True))
+        batches = labelled_twice(h, y)
         copy, product, addition = constants(num_classes)
-        first = product if num_classes <= MAX_ONE_HOT_CLASSES else addition
-        predicted = num * d * (2 * copy + first + product) + 3 * num_classes * d * product
-        measured = lambda batches=batches, C=num_classes: neural_collapse(lambda x: {"": x}, batches, C)  # noqa: E731
+        first = product if 2 * num_classes <= MAX_ONE_HOT_CLASSES else addition
+        predicted = num * d * (2 * copy + 2 * first + 2 * product) + 6 * num_classes * d * product
+        measured = lambda batches=batches, C=num_classes: nc1_of_labelings(lambda x: {"": x}, batches, C)  # noqa: E731
         rows.append(row(f"NC1, N = {num}, d = {d}, C = {num_classes}", predicted, measured))
     return rows
+
+
+def labelled_twice(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Batches whose samples have a second label, for NC1's chance level."""
+    return list(zip(x.split(BATCH), torch.stack([y, y.flip(0)], 1).split(BATCH), strict=True))
 
 
 def constants(num_classes: int) -> tuple[float, float, float]:
@@ -94,13 +100,13 @@ def network_points(scale: int) -> list[Row]:
         rows.append(row(f"{title}: training", 3 * forward, lambda a=(network, x, y): trained(*a)))
         copy, product, _ = constants(10)
         values = num * sum(math.prod(shape) for shape in dimensions(network, (1, 28, 28)).values())
-        batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+        batches = labelled_twice(x, y)
         for passes, cache_bytes in ((1, 2**62), (2, 0)):
             rows.append(
                 row(
                     f"{title}: NC1, p = {passes}",
-                    passes * forward + values * 2 * (copy + product),
-                    lambda a=(network.feature_extractor, batches, 10, cache_bytes): neural_collapse(*a),
+                    passes * forward + values * 2 * (copy + 2 * product),
+                    lambda a=(network.feature_extractor, batches, 10, cache_bytes): nc1_of_labelings(*a),
                 )
             )
         for epochs in (2, 4):
@@ -157,8 +163,8 @@ def imagenet() -> Sequence[Row]:
     for name, dims in cases.items():
         for devices, link in ((8, LINK), (64, LINK_BETWEEN_MACHINES)):
             forward = IMAGES * operations / HALF / devices
-            sums = 8 * CLASSES * sum(dims)  # bytes of all class sums; projections take as much again
-            products = 2 * CLASSES * (IMAGES / devices + 3 * CLASSES) * sum(dims) / DOUBLE
+            sums = 2 * 8 * CLASSES * sum(dims)  # bytes, under both labelings; projections take as much again
+            products = 4 * CLASSES * (IMAGES / devices + 3 * CLASSES) * sum(dims) / DOUBLE
             sent = 2 * (devices - 1) / devices * sums
             busiest = max(DIGITS * sum(behind) / devices, max(behind))  # a head is trained by one device
             heads = (4 * HEAD_EPOCHS + 1) * IMAGES * busiest / HALF

@@ -11,6 +11,7 @@ import sys
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,9 +19,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_ranks import on_two_ranks
 
+import datasets
 import neural_collapse as module
 from errors import UserError
-from neural_collapse import chance_level, equiseparation, neural_collapse
+from main import main
+from networks import Classifier
+from neural_collapse import equiseparation, nc1_of_labelings, neural_collapse, permuted
 
 PINV_CUT = 1e-12  # relative to λ_max: between the rounding errors of zero eigenvalues and the smallest real ones
 
@@ -149,17 +153,78 @@ def test_nc1_is_zero_when_activations_equal_their_class_mean():
     assert 0 <= nc1(h, y) < 1e-28
 
 
-def test_labels_that_tell_nothing_give_the_chance_level():
+def test_permuted_labels_of_isotropic_activations_give_the_closed_form():
+    """E[NC1] = (N - C)(C - 1)/(d - C) where every direction varies alike."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(200) % 5
     values = torch.tensor([nc1(torch.randn(200, 40, generator=generator), y) for _ in range(1000)])
     standard_error = float(values.std() / math.sqrt(1000))
     assert standard_error < 0.15
-    assert float(values.mean()) == pytest.approx(chance_level(200, 5, 40), abs=4 * standard_error)
+    assert float(values.mean()) == pytest.approx((200 - 5) * (5 - 1) / (40 - 5), abs=4 * standard_error)
 
 
-def test_the_chance_level_is_not_defined_without_more_dimensions_than_classes():
-    assert math.isnan(chance_level(200, 5, 5)) and math.isnan(chance_level(200, 5, 4))
+def labelled_twice(h, y, permuted_y, batch_size=64, **options):
+    both = torch.stack([y, permuted_y], 1)
+    batches = list(zip(h.split(batch_size), both.split(batch_size), strict=True))
+    return nc1_of_labelings(lambda x: {"layer": x}, batches, int(y.max()) + 1, **options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_the_chance_level_is_the_definition_under_permuted_labels_from_the_same_passes(case):
+    torch.manual_seed(0)
+    h, y = case()
+    chance_y = permuted(y, 0, "test")
+    assert not torch.equal(chance_y, y) and torch.equal(chance_y.bincount(), y.bincount())
+    of_labels, of_permuted = labelled_twice(h, y, chance_y)
+    assert of_labels["layer"] == pytest.approx(definition(h, y), rel=1e-6)
+    assert of_permuted["layer"] == pytest.approx(definition(h, chance_y), rel=1e-6)
+
+
+def test_directions_that_vary_unequally_have_another_chance_level_than_the_closed_form():
+    h, y = clusters(between=0.0)
+    h = h * torch.logspace(0, -2, h.shape[1], dtype=torch.float64)
+    _, chance = labelled_twice(h, y, permuted(y, 0, "test"))
+    assert chance["layer"] > 3 * (600 - 10) * (10 - 1) / (64 - 10)
+
+
+def test_a_second_labeling_takes_no_second_forward_pass_and_changes_nothing():
+    h, y = clusters()
+    asked = []
+    batches = list(zip(h.split(64), torch.stack([y, y.flip(0)], 1).split(64), strict=True))
+    [of_labels, _] = nc1_of_labelings(lambda x: {"layer": asked.append(1) or x}, batches, 10, cache_bytes=0)
+    assert len(asked) == 2 * len(batches)
+    assert of_labels["layer"] == pytest.approx(nc1(h, y), rel=INVARIANT)
+
+
+@pytest.mark.parametrize("num_classes", [3, 40], ids=["few classes", "many classes"])
+def test_labels_of_no_class_are_an_error_also_in_the_second_labeling(num_classes):
+    h, y = clusters(num_classes=num_classes)
+    wrong = y.clone()
+    wrong[5] = num_classes
+    with pytest.raises(UserError, match=f"labels outside 0 to {num_classes - 1}"):
+        labelled_twice(h, y, wrong)
+
+
+def test_the_permutation_is_decided_by_its_purpose_alone():
+    y = torch.arange(1000) % 7
+    assert torch.equal(permuted(y, 3, "train"), permuted(y, 3, "train"))
+    assert not torch.equal(permuted(y, 3, "train"), permuted(y, 3, "test"))
+    assert not torch.equal(permuted(y, 3, "train"), permuted(y, 4, "train"))
+
+
+def test_a_run_logs_the_chance_level_of_each_set_the_same_for_every_batch_size(in_an_empty_folder, monkeypatch):
+    argv = ["-e", "1", "--limit", "150", "--no-dib", "--no-plots", "--quiet"]
+    assert main([*argv, "--name", "whole"]) == 0
+    monkeypatch.setattr(datasets, "EVALUATION_VALUES", 12 * 64)  # batches of 64
+    assert main([*argv, "--name", "parts"]) == 0
+    whole, parts = (pd.read_csv(f"lightning_logs/{name}/metrics.csv") for name in ("whole", "parts"))
+    columns = [f"nc1_chance/{split}/hidden{i}" for split in ("train", "test") for i in range(1, 6)]
+    np.testing.assert_allclose(whole[columns], parts[columns], rtol=1e-6)  # float32 forward passes of other sizes
+    module = Classifier.load_from_checkpoint("lightning_logs/whole/checkpoints/last.ckpt")
+    split = datasets.load("SZT", limit=150).test
+    h = module.network.eval().feature_extractor(2 * split.inputs.float() - 1)["hidden1"].detach()
+    expected = definition(h, permuted(split.labels, 0, "test"))
+    assert whole["nc1_chance/test/hidden1"].iloc[-1] == pytest.approx(expected, rel=1e-6)
 
 
 INVARIANT = 1e-9  # float64 activations: rounding, amplified by Σ_B's condition number of some hundreds

@@ -83,7 +83,7 @@ def test_a_run_of_two_processes_measures_what_one_process_finds_in_its_checkpoin
     assert finish(["--measure", "lightning_logs/version_0/checkpoints/last.ckpt", "--devices", "1"], tmp_path)[0] == 0
     together, alone = last_row(LOGS / "version_0"), last_row(LOGS / "version_1")
     measured = [name for name in alone if "/" in name]
-    assert {name.partition("/")[0] for name in measured} == {"nc1", "equiseparation", "rank", "dib"}
+    assert {name.partition("/")[0] for name in measured} == {"nc1", "nc1_chance", "equiseparation", "rank", "dib"}
     for name in measured:  # DIB is a difference of entropies: its rounding errors are relative to nats
         assert together[name] == pytest.approx(alone[name], rel=1e-6, abs=1e-6 if name.startswith("dib") else 0), name
 
