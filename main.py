@@ -143,7 +143,8 @@ def measure(args: Namespace) -> None:
 
     content = read_checkpoint(args.measure)
     data = load_data(args)
-    module = Classifier.from_checkpoint(content, args.measure, data.dataset.shape, data.dataset.num_classes)
+    double = args.precision == "64-true"
+    module = Classifier.from_checkpoint(content, args.measure, data.dataset.shape, data.dataset.num_classes, double)
     layers = utils.layers_to_measure(args, module.network.layers)
     trainer = new_trainer(args)
     about = facts(trainer, module, data, layers) | {"measured": args.measure}
@@ -219,6 +220,8 @@ def new_classifier(flags: dict[str, Any], data: Data) -> Classifier:
         module.network.to(memory_format=torch.channels_last)
     if flags["compile"]:
         module.network.compile()  # in place: names stay, and what measures call stays plain
+    if flags["precision"] == "64-true":
+        module.double()  # Lightning would do it after it has read a checkpoint's weights into the module
     return module
 
 

@@ -452,9 +452,9 @@ class Classifier(LightningModule):
 
     @classmethod
     def from_checkpoint(
-        cls, content: Mapping[str, Any], path: str, shape: Sequence[int], num_classes: int
+        cls, content: Mapping[str, Any], path: str, shape: Sequence[int], num_classes: int, double: bool = False
     ) -> "Classifier":
-        """The network in a checkpoint's content, if it is one for these data."""
+        """The network in a checkpoint's content, if it is one for these data, in float32 or in float64."""
         hparams = content["hyper_parameters"]
         expected = tuple(hparams.get("shape", ())), hparams.get("num_classes")
         if expected != (tuple(shape), num_classes):
@@ -463,7 +463,7 @@ class Classifier(LightningModule):
                 f"shape {tuple(shape)} and {num_classes} classes: choose them with -d/--dataset"
             )
         try:
-            module = cls(**hparams)
+            module = cls(**hparams).to(torch.float64 if double else torch.float32)
             module.load_state_dict(content["state_dict"])
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path} holds another network than it says: {' '.join(str(error).split())}") from None

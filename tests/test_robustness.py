@@ -48,6 +48,7 @@ from networks import Classifier
 from run_folder import EpochTable, RunFolder, read_checkpoint
 
 LOGS = Path("lightning_logs")
+EXACT = ["--precision", "64-true"]  # where two orders of computing are compared: no processor rounds enough to be seen
 TINY = ["-e", "2", "--dib-epochs", "1", "--no-plots", "--quiet"]
 FUZZ = settings(  # the fixtures hold no state that an example changes
     max_examples=int(os.environ.get("FUZZ", "60")), deadline=None, suppress_health_check=list(HealthCheck)
@@ -97,6 +98,16 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_one_never_interrupted
 def test_a_run_killed_again_and_again_gets_to_its_end(whole):
     folder, duration = whole
     kill_and_resume(SHORT, folder, "killed_often", [duration * share for share in (0.5, 0.2, 0.3)])
+
+def test_a_run_in_float64_killed_and_resumed_equals_one_never_interrupted(tmp_path):
+    """Its weights would not be the same after a detour through float32."""
+    line = [*TINY, *EXACT, "-e", "3", "--no-dib"]
+    assert finish([*line, "--name", "whole"], tmp_path)[0] == 0
+    meddle = partial(signal_at, "networks:Classifier.training_step", 20, signal.SIGKILL)  # in epoch 2
+    assert finish([*line, "--name", "cut"], tmp_path, meddle=meddle)[0] == -signal.SIGKILL
+    assert finish(["--resume", "lightning_logs/cut"], tmp_path)[0] == 0
+    assert_same_run(LOGS / "cut", LOGS / "whole")
+
 
 
 WRITING = [
