@@ -266,13 +266,11 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
 
 def new_strategy(args: Namespace) -> Strategy | str:
     """How several processes train together; a single one needs nothing of it."""
-    from lightning.pytorch.strategies import DDPStrategy
+    from ddp import SteadyDDP
 
     if args.strategy == "auto" and args.devices * args.num_nodes == 1:
         return "auto"
-    return DDPStrategy(
-        timeout=ranks.PATIENCE, find_unused_parameters=args.strategy == "ddp_find_unused_parameters_true"
-    )
+    return SteadyDDP(timeout=ranks.PATIENCE, find_unused_parameters=args.strategy == "ddp_find_unused_parameters_true")
 
 
 def facts(trainer: Trainer, module: Classifier, data: Data, layers: list[str]) -> dict[str, Any]:

@@ -46,24 +46,26 @@ def free_port():
         return listening.getsockname()[1]
 
 
-def task(number, num=2, **more):
-    """What SLURM tells a task; nothing where Lightning is to start the others."""
+def task(number, num=2, nodes=1):
+    """What SLURM tells a task of `num` on each node; nothing where Lightning is to start the others."""
+    node, local = divmod(number, num)
     return {
-        "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": str(num), "SLURM_NTASKS_PER_NODE": str(num),
-        "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "SLURM_NODEID": "0",
-        "SLURM_JOB_NODELIST": "localhost", **more,
+        "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": str(nodes * num),
+        "SLURM_NTASKS_PER_NODE": str(num), "SLURM_PROCID": str(number), "SLURM_LOCALID": str(local),
+        "SLURM_NODEID": str(node), "SLURM_JOB_NODELIST": "localhost",
     }  # fmt: skip
 
 
-def start_tasks(argv, folder, **options):
-    """`srun --ntasks 2 python main.py ARGV`, without SLURM."""
-    common = {"MASTER_PORT": str(free_port()), **options.pop("env", {})}
-    argv = [*argv, "--devices", "2", "--accelerator", "cpu"]
-    return [Run(argv, folder, env=task(number) | common, **options) for number in range(2)]
+def start_tasks(argv, folder, num=2, nodes=1, env=(), **options):
+    """`srun --nodes NODES --ntasks-per-node NUM python main.py ARGV`, without SLURM."""
+    common = {"MASTER_PORT": str(free_port()), **dict(env)}
+    argv = [*argv, "--devices", str(num), "--num-nodes", str(nodes), "--accelerator", "cpu"]
+    tasks = [task(number, num, nodes) for number in range(nodes * num)]
+    return [Run(argv, folder, env=each | common, **options) for each in tasks]
 
 
 def run_tasks(argv, folder, **options):
-    """Statuses of both tasks, and all that they printed."""
+    """Statuses of all tasks, and all that they printed."""
     ends = [run.end() for run in start_tasks(argv, folder, **options)]
     return [status for status, _ in ends], "".join(text for _, text in ends)
 
@@ -127,6 +129,20 @@ def test_training_without_batch_norm_is_that_of_one_process_also_with_shares_of_
         torch.testing.assert_close(states[1]["state_dict"][name], tensor, rtol=1e-9, atol=1e-12)
     two, one = last_row(LOGS / "two"), last_row(LOGS / "one")
     assert two == pytest.approx(one, rel=1e-9)
+
+
+@pytest.mark.parametrize(("num", "nodes"), [(3, 1), (2, 2)])
+def test_three_and_more_processes_killed_and_resumed_end_on_the_same_bytes(num, nodes, tmp_path):
+    """Two processes would always: a + b is b + a, but of three numbers it matters which two are added first."""
+    argv = [*TINY, "-e", "3", "--no-dib", "--quiet"]
+    statuses, text = run_tasks([*argv, "--name", "whole"], tmp_path, num=num, nodes=nodes)
+    assert set(statuses) == {0}, text
+    killed = partial(signal_at, "networks:Classifier.training_step", 6, signal.SIGKILL)  # in epoch 2
+    statuses, text = run_tasks([*argv, "--name", "cut"], tmp_path, num=num, nodes=nodes, meddle=killed)
+    assert 0 not in statuses, text
+    statuses, text = run_tasks(["--resume", "lightning_logs/cut"], tmp_path, num=num, nodes=nodes)
+    assert set(statuses) == {0}, text
+    assert_same_run(LOGS / "cut", LOGS / "whole")
 
 
 def test_the_range_test_finds_one_rate_for_all(tmp_path):
