@@ -17,6 +17,7 @@ Item = TypeVar("Item")
 
 UNWANTED_WARNINGS = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's way of asking torch
+    ".*`srun` command is available.*",  # on every login node, also for those who mean to run there
 )
 
 

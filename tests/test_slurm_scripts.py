@@ -11,6 +11,7 @@ import subprocess
 import pytest
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from processes import finish
 from stand_ins import ROOT, StandIns, tool
 
 import main
@@ -221,3 +222,12 @@ def test_ntasks_without_ntasks_per_node_is_refused_with_what_to_set(cluster, as_
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(UserError, match="--ntasks-per-node=2"):
         main.new_trainer(args)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_run_where_srun_is_at_hand_says_nothing_of_it(quiet, cluster, tmp_path):
+    argv = ["-e", "1", "--no-dib", "--no-plots", "--lr-range-test", *["--quiet"] * quiet]
+    status, text = finish(argv, tmp_path, env={"PATH": f"{cluster.folder}:{os.environ['PATH']}"})
+    assert status == 0 and "srun" not in text
+    assert text.endswith("results in lightning_logs/version_0\n") and (text.count("\n") == 1) == quiet
+    assert cluster.calls() == []
