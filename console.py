@@ -74,7 +74,9 @@ class OwnSignals(Callback):
 def device_name(trainer: Trainer) -> str:
     """How many of which device, as a reader of results wants to know it."""
     device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return f"{trainer.world_size} × {name}" if trainer.world_size > 1 else name
 
 

@@ -35,6 +35,7 @@ DEFAULTS = {
     "accelerator": "auto",
     "devices": 1,
     "num_nodes": 1,
+    "threads": None,
     "strategy": "auto",
     "precision": "32-true",
     "compile": False,
@@ -158,7 +159,7 @@ PRESETS = {
 OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
-                  "num_nodes", "plots", "strategy")  # fmt: skip
+                  "num_nodes", "plots", "strategy", "threads")  # fmt: skip
 OF_SEVERAL = ("seed", "widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")
 MAX_EPOCHS = 10**6  # the epochs to measure are listed
 MAX_NAME = 255  # bytes in a file's name
@@ -314,6 +315,8 @@ def _add_run(parser: _Parser) -> None:
     add("--accelerator", choices=("auto", "cpu", "gpu"), help="where to compute")
     add("--devices", type=_number(int, 1), metavar="N", help="number of devices per machine")
     add("--num-nodes", type=_number(int, 1), metavar="N", help="number of machines")
+    add("--threads", type=_number(int, 1), metavar="N",
+        help="threads of each process on the CPU (else 1 for networks below 10,000 parameters, for others all)")
     add("--strategy", choices=STRATEGIES, help="Lightning's strategy; for several devices auto is ddp")
     add("--precision", choices=PRECISIONS, help="number format of training")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the network with torch.compile")

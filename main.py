@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ranks
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from datasets import Data
     from networks import Classifier
     from run_folder import RunFolder, RunRecord
+
+SMALL = 10_000  # parameters: below, a second thread takes longer to wake than it saves
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,6 +148,7 @@ def measure(args: Namespace) -> None:
     data = load_data(args)
     double = args.precision == "64-true"
     module = Classifier.from_checkpoint(content, args.measure, data.dataset.shape, data.dataset.num_classes, double)
+    use_threads(vars(args), module)
     layers = utils.layers_to_measure(args, module.network.layers)
     trainer = new_trainer(args)
     about = facts(trainer, module, data, layers) | {"measured": args.measure}
@@ -214,15 +218,33 @@ def new_classifier(flags: dict[str, Any], data: Data) -> Classifier:
     from networks import Classifier
 
     module = Classifier.from_flags(flags, data.dataset.shape, data.dataset.num_classes)
+    use_threads(flags, module)
     if flags["model"] == "CIFARNet":
         module.network.whiten(data.first_images())
+    if flags["precision"] == "64-true":
+        module.double()  # Lightning would do it after it has read a checkpoint's weights into the module
     if flags["channels_last"]:
         module.network.to(memory_format=torch.channels_last)
     if flags["compile"]:
         module.network.compile()  # in place: names stay, and what measures call stays plain
-    if flags["precision"] == "64-true":
-        module.double()  # Lightning would do it after it has read a checkpoint's weights into the module
     return module
+
+
+def use_threads(flags: Mapping[str, Any], module: Classifier) -> None:
+    """Have torch compute with `--threads`. Without: a small network with one, others with all, shared by processes.
+
+    To be called before anything is computed, as the last digits of sums depend on it.
+    """
+    import torch
+
+    num = flags["threads"]
+    if num is None and sum(parameter.numel() for parameter in module.network.parameters()) < SMALL:
+        num = 1
+    elif num is None:
+        shares = 1 if "OMP_NUM_THREADS" in os.environ else flags["devices"]
+        num = max(1, torch.get_num_threads() // shares)
+    torch.set_num_threads(num)
+    os.environ.setdefault("OMP_NUM_THREADS", str(num))  # else Lightning chooses for several processes
 
 
 def new_trainer(args: Namespace, **options: Any) -> Trainer:

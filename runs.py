@@ -33,7 +33,7 @@ LARGEST = 1e100  # a value beyond counts as infinite: the axes of a figure would
 # Flags that say where and how to compute, not what: runs that differ in them are still one setting.
 BOOKKEEPING = {
     *("log_dir", "name", "seed", "resume", "resumed_from", "config", "provenance", "data_dir", "lr_range_test"),
-    *("accelerator", "devices", "num_nodes", "strategy", "compile", "cache_gb"),
+    *("accelerator", "devices", "num_nodes", "threads", "strategy", "compile", "cache_gb"),
     *("keep_going", "save_every", "dib_save", "plots", "quiet"),
 }
 

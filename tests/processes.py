@@ -60,7 +60,7 @@ def finish(argv: Sequence[str], folder: Path, **options: object) -> tuple[int, s
 
 def _context() -> multiprocessing.context.ForkServerContext:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, dict.fromkeys(paths))), OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, dict.fromkeys(paths))))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*MODULES, "processes"])
     return context
@@ -134,12 +134,6 @@ def interrupt_in_a_destructor() -> None:
 class Unlucky:
     def __del__(self) -> None:
         _signal_itself(signal.SIGINT)
-
-
-def two_threads() -> None:
-    import torch
-
-    torch.set_num_threads(2)
 
 
 def limit_memory(num_bytes: int) -> None:

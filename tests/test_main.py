@@ -16,7 +16,7 @@ from PIL import Image
 
 import datasets
 import main
-from networks import Classifier
+from networks import MLP, Classifier
 
 MAIN = Path(__file__).parent.parent / "main.py"
 SHORT = ["-e", "2", "--dib-epochs", "1", "--no-plots"]
@@ -261,3 +261,33 @@ def test_nc1_in_the_table_is_that_of_the_saved_network_by_brute_force(model, ima
         for layer, h in features.items():
             logged = float(rows_of(run)[-1][f"nc1/{split}/{layer}"])
             assert logged == pytest.approx(brute_force_nc1(h, labels), rel=1e-5)  # float32 passes of other batch sizes
+
+
+@pytest.mark.parametrize(
+    ("width", "asked", "devices", "chosen_outside", "num"),
+    [
+        (10, None, 1, False, 1),
+        (10, None, 1, True, 1),
+        (10, 3, 1, True, 3),
+        (1000, None, 1, False, 16),
+        (1000, None, 1, True, 16),
+        (1000, None, 4, False, 4),  # of each process
+        (1000, None, 4, True, 16),
+        (1000, None, 99, False, 1),
+        (1000, 1, 4, False, 1),
+    ],
+)
+def test_small_networks_get_one_thread_and_others_their_share_unless_told(
+    width, asked, devices, chosen_outside, num, monkeypatch
+):
+    used = [16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    if not chosen_outside:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    module = torch.nn.ModuleDict({"network": MLP((12,), 2, widths=[width])})
+    main.use_threads({"threads": asked, "devices": devices}, module)
+    main.use_threads({"threads": asked, "devices": devices}, module)  # as before and after a range test
+    assert used == [16, num, num]
+    assert os.environ["OMP_NUM_THREADS"] == ("16" if chosen_outside else str(num))

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
-from processes import ROOT, Run, assert_same_run, finish, signal_at
+from processes import ROOT, Run, assert_same_run, at_call, finish, signal_at
 from torch import nn
 
 from datasets import Batches, Dataset, Split
@@ -207,6 +208,26 @@ def test_ranks_with_different_numbers_of_batches_find_what_one_process_finds():
         tolerance = {"rtol": 0, "atol": OF_HEADS} if measure == "dib" else {"rtol": 1e-9, "atol": 1e-12}
         for layer, value in alone[measure].items():
             torch.testing.assert_close(found[0][measure][layer], value, **tolerance)
+
+
+# Threads
+
+
+def note_threads():
+    """Leave the number of threads that training has in a file."""
+    at_call("networks:Classifier.training_step", 1, lambda: Path("threads").write_text(str(torch.get_num_threads())))
+
+
+@pytest.mark.parametrize(("asked", "said"), [(["--threads", "2"], "2 threads"), ([], "1 thread")])
+def test_each_process_computes_with_the_threads_that_it_says(asked, said, tmp_path):
+    argv = [*TINY, *asked, "-e", "1", "--no-dib", "--no-nc"]
+    statuses, together = run_tasks(argv, tmp_path, meddle=note_threads)
+    assert Path("threads").read_text() == said[0]
+    status, alone = finish(argv, tmp_path, meddle=note_threads)
+    assert [status, *statuses] == [0, 0, 0] and Path("threads").read_text() == said[0]
+    for name, device, text in (("version_0", "2 × CPU", together), ("version_1", "CPU", alone)):
+        assert yaml.safe_load((LOGS / name / "hparams.yaml").read_text())["provenance"]["device"] == f"{device}, {said}"
+        assert f"device   {device}, {said}, 32-true" in text
 
 
 # Shares
