@@ -1,15 +1,22 @@
-# make run ARGS="-m ResNet -d CIFAR10" · make test · make torture · make lint · make bench · make bench-gpu · make clean
-# Everything is installed into .venv, with the interpreter PYTHON.
+# make run ARGS="-m ResNet -d CIFAR10" · make test · make test-processors · make test-oldest · make torture · make lint
+# make bench · make bench-gpu · make clean
+# Everything is installed into .venv, with the interpreter PYTHON; into .venv-oldest, for make test-oldest, the lowest
+# versions that requirements.txt allows.
 
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 ARGS ?=
 
 # One thread: what other threads wait for is noise.
 BENCHMARKS := startup training_loop data nc1 nc1_scaling dib_heads run_with_measures how_far devices
 
-.PHONY: run test torture lint bench bench-gpu clean
+# As which torch can compute here: a processor of any age, one with AVX2, one with AVX-512.
+PROCESSORS := default $(shell grep -qs avx2 /proc/cpuinfo && echo avx2) \
+	$(shell grep -qs avx512vl /proc/cpuinfo && echo avx512)
+
+.PHONY: run test test-processors test-oldest torture lint bench bench-gpu clean
 
 run: $(VENV)/core
 	$(BIN)/python main.py $(ARGS)
@@ -17,7 +24,16 @@ run: $(VENV)/core
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-torture: $(VENV)/test
+test-processors: $(VENV)/test
+	set -e; for processor in $(PROCESSORS); do for threads in 1 2; do \
+		export ATEN_CPU_CAPABILITY=$$processor OMP_NUM_THREADS=$$threads; \
+		echo "as on a processor with: $$processor, threads: $$threads"; $(BIN)/python -m pytest -n 2 $(ARGS); \
+	done; done
+
+test-oldest: $(OLDEST)/test
+	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
+
+torture: test-processors
 	$(BIN)/python -m pytest -s tests/torture.py $(ARGS)
 	FUZZ=3000 $(BIN)/python -m pytest --timeout 1800 tests/test_robustness.py -k any $(ARGS)
 
@@ -45,5 +61,11 @@ $(VENV)/test: requirements-test.txt requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@ $(VENV)/core
 
+$(OLDEST)/test: requirements-test.txt requirements.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed 's/>=/==/' requirements.txt > $(OLDEST)/lowest.txt
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-test.txt -c $(OLDEST)/lowest.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .hypothesis
