@@ -50,7 +50,8 @@ def lr_range_test(
     """The learning rate to train with, found on `module`, which is spent thereby; table and figure lie in `folder`."""
     module.hparams.keep_going = True  # until the loss diverges is how far the test goes
     ramp = RisingRate(module.hparams.learning_rate)
-    trainer = new_trainer(callbacks=[ramp], max_epochs=-1, max_steps=STEPS, limit_val_batches=0)
+    options = {"max_epochs": -1, "max_steps": STEPS, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer = new_trainer(callbacks=[ramp], **options)
     trainer.fit(module, datamodule=data)
     smooth = smoothed(ramp.losses)
     steps = range(1, len(smooth) + 1)

@@ -161,6 +161,15 @@ def test_range_test_only_stops_there():
     assert not (Path("lightning_logs/version_0") / "metrics.csv").exists()
 
 
+def test_the_range_test_leaves_nothing_outside_the_runs_folder():
+    """Also where an epoch ends within it, after which Lightning would save on its own."""
+    assert main.main([*SHORT, "--lr-range-test", "only", "-b", "256"]) == 0
+    assert [path.name for path in Path().iterdir()] == ["lightning_logs"]
+    assert sorted(path.name for path in Path("lightning_logs").glob("*/*")) == [
+        *(".lock", "hparams.yaml", "lr_range_test.csv", "lr_range_test.png")
+    ]
+
+
 def test_measuring_a_checkpoint_gives_the_numbers_that_the_run_gave():
     assert main.main([*SHORT, "--quiet"]) == 0
     assert main.main(["--measure", "lightning_logs/version_0/checkpoints/last.ckpt", "--quiet"]) == 0
