@@ -214,7 +214,8 @@ def provenance() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The checkout's commit, with a `+` where files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    # In a container the checkout is mounted, of an owner whom git does not trust by itself.
+    git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
