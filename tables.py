@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 UNSUMMED = ("epoch", "lr", "time/")
-MEASURES = {
-    "NC1 train": "nc1/train/{}",
-    "NC1 test": "nc1/test/{}",
-    "DIB minimality": "dib/minimality/{}",
-    "numerical rank": "rank/numerical/train/{}",
-    "stable rank": "rank/stable/train/{}",
-    "effective rank": "rank/effective/train/{}",
+TITLES = {  # of columns NAME/LAYER and NAME/SET/LAYER; others stand behind, under their names
+    "nc1/train": "NC1 train",
+    "nc1/test": "NC1 test",
+    "dib/minimality": "DIB minimality",
+    "rank/numerical/train": "numerical rank",
+    "rank/stable/train": "stable rank",
+    "rank/effective/train": "effective rank",
 }
+LEFT_OUT = ("dib/", "nc1_chance/", "rank/", "time/")  # unless above: what says the same again, or nothing of layers
 
 
 def banner(args: Namespace, facts: Mapping[str, Any], folder: Path) -> str:
@@ -71,12 +72,20 @@ def closing(rows: Sequence[Mapping[str, str]], layers: Sequence[str]) -> str:
 
 def measure_table(first: Mapping[str, str], last: Mapping[str, str], layers: Sequence[str]) -> str:
     """Per layer what the measures gave first and last, as `first → last`; empty where nothing was measured."""
-    shown = {title: key for title, key in MEASURES.items() if any(key.format(layer) in last for layer in layers)}
+    shown = _measures(last, layers)
     if not shown:
         return ""
-    header = [f"epoch {_course(first, last, 'epoch')}", *shown]
-    cells = [[layer, *(_course(first, last, key.format(layer)) for key in shown.values())] for layer in layers]
+    header = [f"epoch {_course(first, last, 'epoch')}", *(TITLES.get(name, name.replace("/", " ")) for name in shown)]
+    cells = [[layer, *(_course(first, last, f"{name}/{layer}") for name in shown)] for layer in layers]
     return table(header, cells)
+
+
+def _measures(row: Mapping[str, str], layers: Sequence[str]) -> list[str]:
+    """What the closing table shows of the columns NAME/LAYER: the names, those with a title first."""
+    parts = (column.rpartition("/") for column in row)
+    names = list(dict.fromkeys(name for name, _, layer in parts if name and layer in layers))
+    own = [name for name in names if name not in TITLES and not f"{name}/".startswith(LEFT_OUT)]
+    return [*(name for name in TITLES if name in names), *own]
 
 
 def seeds_table(seeds: Sequence[int], rows: Sequence[Mapping[str, str]]) -> str:
@@ -115,7 +124,8 @@ def _equiseparation(row: Mapping[str, str]) -> str:
     for split in ("train", "test"):
         if f"equiseparation/{split}/r" in row:
             r, slope = (float(row[f"equiseparation/{split}/{figure}"]) for figure in ("r", "slope"))
-            fits.append(f"{split} r = {r:.3f}, slope {slope:.3f}")
+            if math.isfinite(r):  # else there are fewer than three layers, or nothing changes over them
+                fits.append(f"{split} r = {r:.3f}, slope {slope:.3f}")
     return "equi-separation, log NC1 over the layers: " + "; ".join(fits) if fits else ""
 
 

@@ -1,0 +1,36 @@
+"""The closing table: what a person reads at a run's end."""
+
+from tables import closing
+
+LAYERS = ["hidden1", "features.1.0"]
+
+
+def test_without_a_line_over_the_layers_nothing_is_said_of_one():
+    """Two points always lie on a line: r and slope are nan in the table."""
+    row = {"epoch": "0", "nc1/train/hidden1": "2", "equiseparation/train/r": "nan", "equiseparation/train/slope": "nan"}
+    assert "nan" not in closing([row], LAYERS) and "equi-separation" not in closing([row], LAYERS)
+    row |= {"equiseparation/test/r": "-0.9", "equiseparation/test/slope": "-0.5"}
+    assert closing([row], LAYERS).endswith("equi-separation, log NC1 over the layers: test r = -0.900, slope -0.500\n")
+
+
+def test_every_measure_of_layers_stands_in_the_closing_table_by_itself():
+    before, after = (
+        {
+            "epoch": str(epoch),
+            "norm/hidden1": f"{1.5 + epoch}",
+            "gap/test/features.1.0": f"{epoch}",
+            "nc1/test/hidden1": "3",
+        }
+        for epoch in (0, 2)
+    )
+    head, *rows = [line.split("  ") for line in closing([before, after], LAYERS).splitlines() if line]
+    head, *rows = [[cell.strip() for cell in line if cell.strip()] for line in (head, *rows)]
+    assert head == ["epoch 0 → 2", "NC1 test", "norm", "gap test"]
+    assert rows == [["hidden1", "3 → 3", "1.5 → 3.5", "– → –"], ["features.1.0", "– → –", "– → –", "0 → 2"]]
+
+
+def test_what_says_the_same_again_stays_out_of_the_closing_table():
+    names = ["dib/loss", "nc1_chance/train", "rank/stable/test", "rank/stable/means", "time", "dib/minimality"]
+    head = closing([{"epoch": "1", **{f"{name}/hidden1": "1" for name in names}}], LAYERS).splitlines()[0]
+    assert head.split("  ")[-1].strip() == "DIB minimality" and "loss" not in head and "rank" not in head
+    assert "chance" not in head and "time" not in head
