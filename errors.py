@@ -1,11 +1,14 @@
 """The ways in which a run ends early and `main.py` has a sentence for it instead of a traceback."""
 
+import codecs
+import io
 import signal
 import sys
 from collections.abc import Callable
 from typing import ClassVar
 
 AGAIN = 1.0  # seconds of computing after which an interruption that got lost is repeated
+PLAIN = {"→": "->", "–": "-", "−": "-", "×": "x", "±": "+-", "…": "..."}
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch's words, of CUDA, CPU and libraries
 
 
@@ -80,3 +83,18 @@ class Interrupted(BaseException):
 def _silent_about_interruptions(lost: "sys.UnraisableHookArgs") -> None:
     if not isinstance(lost.exc_value, Interrupted):
         sys.__unraisablehook__(lost)
+
+
+def write_what_the_terminal_can() -> None:
+    """From now on letters that standard output or error do not know come out as plain ones, not as an exception."""
+    codecs.register_error("plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What to write instead of the letters that an encoding lacks, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ranks
 import slurm
-from errors import Interrupted, UserError, is_out_of_memory
+from errors import Interrupted, UserError, is_out_of_memory, write_what_the_terminal_can
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -35,6 +35,7 @@ SMALL = 10_000  # parameters: below, a second thread takes longer to wake than i
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says. Exit status: 0 done, 1 error, 2 wrong flag, 128 + the number of a signal."""
     Interrupted.on(signal.SIGINT, signal.SIGTERM, *slurm.time_out_signals())
+    write_what_the_terminal_can()
     ranks.end_with_starter()
     try:
         return attempt(sys.argv[1:] if argv is None else argv)

@@ -120,6 +120,20 @@ def test_measuring_leaves_no_trace_in_the_weights(image_folder):
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.parametrize(
+    ("encoding", "course", "shape"),
+    [("latin-1", "epoch 0 -> 2", "24 × 12 × 12"), ("ascii", "epoch 0 -> 2", "24 x 12 x 12")],
+)
+def test_a_terminal_that_lacks_letters_gets_plain_ones_and_loses_no_run(encoding, course, shape, image_folder):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    lists = ["--list-layers", "-m", "MNISTNet", "-d", str(image_folder)]
+    for argv, expected in ((SHORT, course), (lists, shape)):
+        done = subprocess.run([sys.executable, MAIN, *argv], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout.decode(encoding)
+    assert len(rows_of("lightning_logs/version_0")) == 3
+
+
 def test_quiet_says_only_where_the_results_are(capsys):
     assert main.main([*SHORT, "--quiet"]) == 0
     assert capsys.readouterr().out == "results in lightning_logs/version_0\n"
