@@ -410,7 +410,8 @@ def _stored_flags(parser: _Parser, given: dict) -> dict:
         return _read_config(parser, Path(given["config"]), "-c/--config")
     if "measure" in given:
         neighbour = Path(given["measure"]).parent.parent / "hparams.yaml"
-        return _read_config(parser, neighbour, "--measure") if neighbour.is_file() else {}
+        stored = _read_config(parser, neighbour, "--measure") if neighbour.is_file() else {}
+        return {flag: value for flag, value in stored.items() if flag != "name"}  # that folder is the run's own
     return {}
 
 
@@ -419,12 +420,14 @@ def _run_to_resume(parser: _Parser, given: dict) -> Path:
         folder = Path(given["resume"])
     else:
         log_dir = Path(given.get("log_dir", DEFAULTS["log_dir"]))
-        runs = [path.parent for path in log_dir.glob("*/hparams.yaml")]
-        if not runs:
+        newest_first = sorted(log_dir.glob("*/hparams.yaml"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        folder = next((path.parent for path in newest_first if not slurm.is_measurement(path.parent)), None)
+        if folder is None:
             parser.error(f"argument --resume: there is no run in {log_dir} to go on with")
-        folder = max(runs, key=lambda run: (run / "hparams.yaml").stat().st_mtime_ns)
     if not (folder / "hparams.yaml").is_file():
         parser.error(f"argument --resume: {folder} is no run's folder: it has no hparams.yaml")
+    if slurm.is_measurement(folder):
+        parser.error(f"argument --resume: {folder} holds what --measure found: no run that could go on")
     return folder
 
 

@@ -88,11 +88,17 @@ def run_to_go_on_with(flags: Mapping[str, Any]) -> Path | None:
     expected = {name: value for name, value in flags.items() if name != searched}
     for folder in Path(flags["log_dir"]).glob("*/"):
         stored = _hparams(folder)
-        is_of_this_job = stored.pop("provenance", {}).get("slurm_job") == job_id()
+        provenance = stored.pop("provenance", {})
+        is_of_this_job = provenance.get("slurm_job") == job_id() and "measured" not in provenance
         stored.pop(searched, None)
         if is_of_this_job and stored == expected:
             return folder
     return None
+
+
+def is_measurement(folder: Path) -> bool:
+    """Whether a folder holds what `--measure` found, and no run to go on with."""
+    return "measured" in _hparams(folder).get("provenance", {})
 
 
 def _hparams(folder: Path) -> dict[str, Any]:
