@@ -210,6 +210,21 @@ def epochs_to_measure(args: argparse.Namespace) -> frozenset[int]:
     return frozenset(epochs)
 
 
+def why_of_one_length(args: argparse.Namespace, planned: int, done: int) -> str:
+    """Why what a run of `planned` epochs has `done` is not what one of `args.epochs` does; empty if it is."""
+    if args.epochs == planned:
+        return ""
+    if args.schedule != "constant":
+        return f"--schedule {args.schedule} spreads the learning rate over all of them"
+    if args.warmup > 0:
+        return "--warmup is a share of all of them"
+    if args.lookahead:
+        return "--lookahead averages by the share of them that is done"
+    plans = (argparse.Namespace(**vars(args) | {"epochs": epochs}) for epochs in (planned, args.epochs))
+    before, now = ({epoch for epoch in epochs_to_measure(plan) if epoch <= done} for plan in plans)
+    return "" if before == now else "their number decides which are measured (--measure-at, --measure-every)"
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults behind every help text, save where there is none."""
 

@@ -117,16 +117,25 @@ def train(args: Namespace) -> None:
     us = ranks.assemble(trainer, vars(args))
     console = Console(quiet=args.quiet or not us.is_first)
     with RunFolder.of(args, us) as folder:
-        record = RunRecord(folder, save_every=args.save_every)
+        write_hparams = partial(folder.write_hparams, flags, about)
+        record = RunRecord(folder, save_every=args.save_every, going_on=write_hparams)
         callbacks = [*utils.measures(args, layers, folder, console), console, record]
         if folder.checkpoint:
             module.refuse_other(read_checkpoint(folder.checkpoint), folder.checkpoint)
+            folder.refuse_other_length(args)
         console.say(banner(args, about, folder.path))
-        folder.write_hparams(flags, about)
+        if folder.epoch == args.epochs:
+            console.say(f"the run is finished: it has done its {args.epochs} epochs")
+            if folder.before.get("epochs") != args.epochs:
+                write_hparams()
+            conclude(args, record, layers, console)
+            return
+        if not folder.checkpoint:
+            write_hparams()
         if args.lr_range_test and not folder.checkpoint:
             flags["learning_rate"] = lr_range_test(module, data, folder.path, partial(new_trainer, args))
             module = new_classifier(flags, data)  # the test has spent the other one
-            folder.write_hparams(flags, about)
+            write_hparams()
             console.say(f"the range test chose the learning rate {flags['learning_rate']:g}")
             draw(folder, "lr_range_test", console)
         if args.lr_range_test == "only":

@@ -15,9 +15,10 @@ import shlex
 import subprocess
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import slurm
-from errors import Interrupted, UserError
+from errors import Interrupted, UserError, WrongFlag
+from flags import why_of_one_length
 from ranks import ALONE, LOST, Ranks, is_lost_rank
 
 FIRST_COLUMNS = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc", "lr")
@@ -39,14 +41,17 @@ FIRST_COLUMNS = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc", "l
 class RunFolder:
     """A run's folder, this run's alone while the `with` block lasts. Of several ranks the first one writes.
 
-    `checkpoint` is the file to go on from and `epoch` its epoch; both None for a new run. `before` is the provenance
-    of a resumed run.
+    `checkpoint` is the file to go on from and `epoch` its epoch; both None for a new run. `before` is the content of
+    a resumed run's `hparams.yaml`.
     """
 
-    def __init__(self, path: Path, before: Mapping[str, Any] | None = None, *, is_ours: bool = True):
+    def __init__(
+        self, path: Path, before: Mapping[str, Any] | None = None, *, is_ours: bool = True, is_new: bool = False
+    ):
         self.path = path
         self.before = before
         self.is_ours = is_ours  # to write in
+        self.is_new = is_new  # and may hold no run
         self.checkpoint: Path | None = None
         self.epoch: int | None = None
         last = path / "checkpoints" / "last.ckpt"
@@ -55,18 +60,21 @@ class RunFolder:
 
     @classmethod
     def new(cls, log_dir: str | Path, name: str | None = None) -> "RunFolder":
-        """An empty folder: `name`, or the next free `version_X`. Whoever makes it first has it."""
+        """A folder without a run: `name`, or the next free `version_X`. Whoever enters it first has it.
+
+        One of that name may be there if nothing of a run is in it: a run that is killed before it begins leaves such.
+        """
         log_dir = Path(log_dir)
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
-            if name is None:
-                return cls(_next_version(log_dir))
-            (log_dir / name).mkdir()
+            path = _next_version(log_dir) if name is None else log_dir / name
+            if not path.exists():
+                path.mkdir(exist_ok=True)
+            if not holds_no_run(path):
+                raise _taken(path)
         except OSError as error:
-            if name is not None and isinstance(error, FileExistsError) and log_dir.is_dir():
-                raise UserError(f"--name: {log_dir / name} exists already: choose another, or --resume it") from None
             raise UserError(f"--log-dir: cannot make a run's folder in {log_dir}: {error.strerror}") from None
-        return cls(log_dir / name)
+        return cls(path, is_new=True)
 
     @classmethod
     def of(cls, args: Namespace, ranks: Ranks = ALONE) -> "RunFolder":
@@ -77,16 +85,16 @@ class RunFolder:
             ranks.from_first((folder.path, folder.epoch))
             return folder
         path, epoch = ranks.from_first((Path(), None))
-        folder = cls(path, is_ours=False)
+        folder = cls.resumed(path, is_ours=False) if args.resume else cls(path, is_ours=False)
         if folder.epoch != epoch:
             raise UserError(f"--log-dir: {path} does not hold the same checkpoint on every machine: they must share it")
         return folder
 
     @classmethod
-    def resumed(cls, path: str | Path) -> "RunFolder":
+    def resumed(cls, path: str | Path, *, is_ours: bool = True) -> "RunFolder":
         """The folder of a run that ended early. Without a checkpoint yet it starts anew, in the same place."""
         hparams = yaml.safe_load((Path(path) / "hparams.yaml").read_text(encoding="utf-8"))
-        return cls(Path(path), hparams.get("provenance", {}))
+        return cls(Path(path), hparams, is_ours=is_ours)
 
     def __enter__(self) -> "RunFolder":
         if not self.is_ours:
@@ -94,12 +102,17 @@ class RunFolder:
         try:
             self._lock = open(self.path / ".lock", "w")  # a killed process loses its lock, so none is ever stale
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_leftovers(self.path)
+            is_free = not self.is_new or holds_no_run(self.path)  # else another run of that name was faster
+            if is_free:
+                remove_leftovers(self.path)
         except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"--resume: the run in {self.path} is still going on: stop it first") from None
+            is_free = False
         except OSError as error:
             raise UserError(f"cannot write in {self.path}: {error.strerror}") from None
+        if not is_free:
+            self._lock.close()
+            going_on = UserError(f"--resume: the run in {self.path} is still going on: stop it first")
+            raise _taken(self.path) if self.is_new else going_on
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -116,6 +129,21 @@ class RunFolder:
         """How to take up a run that ended early."""
         return f"; `python main.py --resume {shlex.quote(str(self.path))}` goes on"
 
+    def refuse_other_length(self, args: Namespace) -> None:
+        """Refuse `--epochs` with which this run, resumed, would not become what a run of that many epochs is."""
+        if args.epochs < self.epoch:
+            raise WrongFlag(
+                f"argument -e/--epochs: the run in {self.path} has done {self.epoch} epochs already, more than "
+                f"{args.epochs}: ask for at least as many"
+            )
+        planned = self.before.get("epochs", args.epochs)
+        reason = why_of_one_length(args, planned, self.epoch)
+        if reason:
+            raise WrongFlag(
+                f"argument -e/--epochs: the run in {self.path} was begun for {planned} epochs, and {reason}: going on, "
+                f"it would not become a run of {args.epochs}; start a new run with -e {args.epochs}"
+            )
+
     def table(self, name: str, first_columns: Iterable[str]) -> "EpochTable":
         """A CSV file of this run; of a resumed one, up to its checkpoint's epoch."""
         return EpochTable(self.path / name, first_columns, keep_to=self.epoch)
@@ -126,11 +154,23 @@ class RunFolder:
             return
         about = provenance() | dict(facts)
         if self.before is not None:
-            resumed = self.before.get("resumed")
+            before = self.before.get("provenance", {})
+            resumed = before.get("resumed")
             about["resumed"] = [*(resumed if isinstance(resumed, list) else []), about["started"]]
-            about["started"] = self.before.get("started")
+            about["started"] = before.get("started")
         content = yaml.safe_dump({**flags, "provenance": about}, sort_keys=False, allow_unicode=True)
         write_whole(self.path / "hparams.yaml", content)
+
+
+def holds_no_run(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what a run leaves that is killed before its `hparams.yaml` is there."""
+    return folder.is_dir() and all(
+        path.name == ".lock" or fnmatchcase(path.name, ".hparams.yaml.*.tmp") for path in folder.iterdir()
+    )
+
+
+def _taken(path: Path) -> UserError:
+    return UserError(f"--name: {path} exists already: choose another, or --resume it")
 
 
 def _next_version(log_dir: Path) -> Path:
@@ -290,9 +330,10 @@ class RunRecord(Checkpoint):
     of equals. Lightning runs a `Checkpoint` after all other callbacks; this one relies on it.
     """
 
-    def __init__(self, folder: RunFolder, *, save_every: int | None = None):
+    def __init__(self, folder: RunFolder, *, save_every: int | None = None, going_on: Callable[[], None] | None = None):
         self.folder = folder
         self.save_every = save_every
+        self.going_on = going_on  # called when a resumed run has taken in its checkpoint
         self.table = folder.table("metrics.csv", FIRST_COLUMNS)
         self.best = float("-inf")
         epochs = [int(row["epoch"]) for row in self.table.rows()]
@@ -302,6 +343,8 @@ class RunRecord(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 0:
             self.write_row(trainer, pl_module, 0)
+        elif self.going_on:
+            self.going_on()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.perf_counter()

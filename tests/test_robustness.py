@@ -13,11 +13,13 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from processes import (
     ROOT,
     SHORT,
@@ -40,11 +42,12 @@ import flags
 import heads
 import main
 import neural_collapse
+import slurm
 import utils
 from errors import Interrupted, UserError, WrongFlag, is_out_of_memory
-from flags import epochs_to_measure, get_args
+from flags import epochs_to_measure, get_args, why_of_one_length
 from networks import Classifier
-from run_folder import EpochTable, RunFolder, read_checkpoint
+from run_folder import EpochTable, RunFolder, RunRecord, read_checkpoint
 
 LOGS = Path("lightning_logs")
 TINY = ["-e", "2", "--dib-epochs", "1", "--no-plots", "--quiet"]
@@ -78,6 +81,17 @@ def told(capsys):
     assert "Traceback" not in text
     assert text.splitlines()[-1].startswith("main.py: ")
     return text.splitlines()[-1]
+
+
+def make_images(root):
+    """Two classes of 32 × 32 grey images that differ in brightness."""
+    pixels = np.random.default_rng(0)
+    for split, num in (("train", 24), ("test", 6)):
+        for brightness, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(num):
+                image = pixels.integers(100 * brightness, 100 * brightness + 120, (32, 32), dtype=np.uint8)
+                Image.fromarray(image).save(root / split / name / f"{i}.png")
 
 
 def snapshot(folder):
@@ -495,6 +509,157 @@ def test_what_counts_as_out_of_memory():
     assert not is_out_of_memory(RuntimeError("size mismatch")) and not is_out_of_memory(ValueError("out of memory"))
 
 
+# Another number of epochs
+
+
+CONSTANT = ["--schedule", "constant", "--warmup", "0"]
+
+
+def status_of(argv):
+    """Exit status, however the program ends."""
+    try:
+        return main.main(argv)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("network", ["MLP", "CIFARNet"])
+def test_a_run_that_goes_on_to_more_epochs_equals_one_of_that_length(network, tmp_path):
+    """Where the rate does not depend on the length; CIFARNet stops training its whitening after one epoch in each."""
+    line = ["-m", network, *CONSTANT, "--no-plots", "--quiet", "--dib-epochs", "1"]
+    if network == "CIFARNet":
+        make_images(Path("images"))
+        line += ["-d", "images", "-b", "16", "--no-lookahead", "--whiten-epochs", "1", "--no-dib"]
+    assert finish([*line, "-e", "4", "--name", "whole"], tmp_path)[0] == 0
+    assert finish([*line, "-e", "2", "--name", "run"], tmp_path)[0] == 0
+    status, text = finish(["--resume", "lightning_logs/run", "-e", "4"], tmp_path)
+    assert status == 0, text
+    assert_same_run(LOGS / "run", LOGS / "whole")
+    assert yaml.safe_load((LOGS / "run/hparams.yaml").read_text())["epochs"] == 4
+
+
+def test_a_run_that_is_told_to_stop_where_it_was_cut_is_one_of_that_length(tmp_path):
+    line = [*TINY, *CONSTANT]
+    assert finish([*line, "--name", "whole"], tmp_path)[0] == 0
+    meddle = partial(signal_at, "run_folder:RunRecord.on_train_epoch_start", 3, signal.SIGKILL)
+    assert finish([*line, "-e", "9", "--name", "run"], tmp_path, meddle=meddle)[0] == -signal.SIGKILL
+    assert finish(["--resume", "lightning_logs/run", "-e", "2"], tmp_path)[0] == 0
+    assert_same_run(LOGS / "run", LOGS / "whole")
+    assert yaml.safe_load((LOGS / "run/hparams.yaml").read_text())["epochs"] == 2
+
+
+OTHER_LENGTHS = {
+    "cosine": ([], "--schedule cosine"),
+    "linear": (["--schedule", "linear", "--warmup", "0"], "--schedule linear"),
+    "warmup": (["--schedule", "constant"], "--warmup"),
+    "lookahead": ([*CONSTANT, "--lookahead"], "--lookahead"),
+    "log": ([*CONSTANT, "--measure-at", "log:2", "-e", "3"], "--measure-at"),
+    "last epoch": ([*CONSTANT, "--measure-every", "2", "-e", "3"], "--measure-every"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_LENGTHS)
+def test_a_run_that_would_not_become_one_of_that_length_is_refused(case, capsys, tmp_path):
+    words, reason = OTHER_LENGTHS[case]
+    line = [*TINY, "--no-dib", *words]
+    assert main.main([*line, "--name", "run"]) == 0
+    capsys.readouterr()
+    before = snapshot(tmp_path)
+    assert main.main(["--resume", "lightning_logs/run", "-e", "7"]) == 2
+    sentence = told(capsys)
+    assert "argument -e/--epochs" in sentence and reason in sentence and "start a new run with -e 7" in sentence
+    assert snapshot(tmp_path) == before
+
+
+def test_the_epochs_measured_may_differ_later_on():
+    """What decides is what is done: epoch 4 is measured by both, and 2 was not the last one."""
+    args = get_args([*CONSTANT, "-e", "8", "--measure-every", "2"])
+    assert why_of_one_length(args, planned=5, done=4) == "" and why_of_one_length(args, planned=5, done=5) != ""
+
+
+@pytest.mark.parametrize("words", [[], CONSTANT])
+def test_fewer_epochs_than_are_done_are_refused_and_nothing_changes(words, capsys, tmp_path):
+    assert main.main([*TINY, *words, "--no-dib"]) == 0
+    capsys.readouterr()
+    before = snapshot(tmp_path)
+    assert main.main(["--resume", "last", "-e", "1"]) == 2
+    assert "argument -e/--epochs" in told(capsys)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [[], ["-e", "2"]])
+def test_a_finished_run_is_said_to_be_finished_and_stays_as_it_is(words, finished, capsys, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = snapshot(run)
+    assert main.main(["--resume", "run", *words]) == 0
+    text = capsys.readouterr().out
+    assert "the run is finished: it has done its 2 epochs" in text and text.endswith("results in run\n")
+    assert snapshot(run) == before
+
+
+def test_a_checkpoint_that_cannot_be_taken_in_leaves_hparams_as_they_are(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    text_in_hparams("epochs: 2", "epochs: 3")(run / "checkpoints/last.ckpt")
+    before = (run / "hparams.yaml").read_bytes()
+
+    def broken(*_):
+        raise UserError("the optimizer's state does not fit")
+
+    monkeypatch.setattr(RunRecord, "load_state_dict", broken)
+    assert main.main(["--resume", "run"]) == 1
+    assert (run / "hparams.yaml").read_bytes() == before
+
+
+# The folders of measurements and of runs killed early
+
+
+def test_a_measurement_is_no_run_to_resume(finished, capsys, tmp_path):
+    shutil.copytree(finished, LOGS / "run")
+    assert main.main(["--measure", "lightning_logs/run/checkpoints/last.ckpt", "--no-dib", "--quiet"]) == 0
+    measurement = LOGS / "version_0"  # in a folder of its own, though the run had a name
+    before = snapshot(measurement)
+    assert status_of(["--resume", str(measurement)]) == 2
+    assert f"{measurement} holds what --measure found" in told(capsys)
+    assert main.main(["--resume", "last", "--quiet"]) == 0
+    assert capsys.readouterr().out == "results in lightning_logs/run\n"
+    shutil.rmtree(LOGS / "run")
+    assert status_of(["--resume", "last"]) == 2
+    assert "there is no run in lightning_logs to go on with" in told(capsys)
+    assert snapshot(measurement) == before
+
+
+def test_a_measurement_may_have_a_name_and_takes_none_that_is_taken(finished, capsys):
+    shutil.copytree(finished, LOGS / "run")
+    line = ["--measure", "lightning_logs/run/checkpoints/last.ckpt", "--no-dib", "--quiet"]
+    assert main.main([*line, "--name", "again"]) == 0
+    assert (LOGS / "again/metrics.csv").exists()
+    assert main.main([*line, "--name", "run"]) == 1
+    assert "run exists already" in told(capsys)
+
+
+def test_a_job_does_not_go_on_with_its_measurement(monkeypatch):
+    for name, value in {**SLURM, "SLURM_RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    run_flags = flags.flags_of_run(get_args(TINY))
+    for name, more in (("a", {"measured": "x.ckpt"}), ("b", {})):
+        (LOGS / name).mkdir(parents=True)
+        provenance = {"slurm_job": "77", **more}
+        (LOGS / name / "hparams.yaml").write_text(yaml.safe_dump(run_flags | {"provenance": provenance}))
+    assert slurm.run_to_go_on_with(run_flags) == LOGS / "b"
+    shutil.rmtree(LOGS / "b")
+    assert slurm.run_to_go_on_with(run_flags) is None
+
+
+def test_a_named_run_killed_before_it_began_can_be_started_again(tmp_path):
+    line = [*TINY, "--no-dib", "--name", "run"]
+    meddle = partial(signal_at, "run_folder:os.replace", 1, signal.SIGKILL)
+    assert finish(line, tmp_path, meddle=meddle)[0] == -signal.SIGKILL
+    assert (LOGS / "run").exists() and not (LOGS / "run/hparams.yaml").exists()
+    status, text = finish(line, tmp_path)
+    assert status == 0, text
+    assert leftovers(LOGS) == []
+
+
 # Bad files
 
 
@@ -623,7 +788,7 @@ BAD_PLACES = [
 @pytest.mark.parametrize(("words", "status", "names"), BAD_PLACES, ids=[repr(case[0])[:40] for case in BAD_PLACES])
 def test_a_place_that_does_not_do_is_one_sentence_and_leaves_nothing(words, status, names, capsys, tmp_path):
     Path("a_file").write_text("")
-    Path("run").mkdir()
+    Path("run/checkpoints").mkdir(parents=True)
     before = snapshot(tmp_path)
     try:
         ended = main.main([*TINY, *words])

@@ -36,10 +36,46 @@ def test_folders_made_at_the_same_instant_differ(tmp_path):
     assert sorted(made) == sorted(f"version_{i}" for i in range(160))
 
 
-def test_a_name_that_is_taken_is_refused(tmp_path):
-    RunFolder.new(tmp_path, "mine")
+@pytest.mark.parametrize("name", ["hparams.yaml", "metrics.csv", "notes", ".hidden"])
+def test_a_name_that_is_taken_is_refused(name, tmp_path):
+    (RunFolder.new(tmp_path, "mine").path / name).touch()
     with pytest.raises(UserError, match="mine exists"):
         RunFolder.new(tmp_path, "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+
+
+def test_a_name_whose_run_was_killed_before_it_began_is_free(tmp_path):
+    killed = RunFolder.new(tmp_path, "mine").path
+    for name in (".lock", ".hparams.yaml.123.tmp"):
+        (killed / name).touch()
+    with RunFolder.new(tmp_path, "mine") as folder:
+        assert [path.name for path in folder.path.iterdir()] == [".lock"]
+        folder.write_hparams({"seed": 0}, {})
+        with pytest.raises(UserError, match="mine exists"):
+            RunFolder.new(tmp_path, "mine")
+
+
+def enter(log_dir, both_are_here, outcomes):
+    folder = RunFolder.new(log_dir, "mine")
+    both_are_here.wait(timeout=60)
+    try:
+        with folder:
+            folder.write_hparams({"seed": os.getpid()}, {})
+    except UserError as error:
+        outcomes.put(str(error))
+    else:
+        outcomes.put("")
+
+
+def test_of_runs_that_take_a_name_at_the_same_instant_one_has_it(tmp_path):
+    """All find the folder without a run; also who comes when the first has finished must notice."""
+    context = multiprocessing.get_context("fork")
+    barrier, outcomes = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=enter, args=(tmp_path, barrier, outcomes)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    told = sorted(outcomes.get(timeout=60) for _ in workers)
+    assert told[0] == "" and all("mine exists already" in text for text in told[1:])
 
 
 def test_a_log_dir_that_is_a_file_is_named(tmp_path):

@@ -58,7 +58,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_each_seed_has_its_own_run_and_a_failing_one_stops_no_other(tmp_path):
-    (LOGS / "mine_seed1").mkdir(parents=True)  # taken
+    (LOGS / "mine_seed1" / "checkpoints").mkdir(parents=True)  # taken
     argv = ["-w", "6", "4", "--limit", "200", "-e", "1", "--dib-epochs", "1", "--name", "mine", "--no-plots"]
     line = [sys.executable, ROOT / "main.py", *argv, "--seed", "0", "1", "2"]
     run = subprocess.run(line, capture_output=True, text=True)
