@@ -180,6 +180,7 @@ def measure(args: Namespace) -> None:
 
 def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Console) -> None:
     """Say what came out and where it lies."""
+    from sweep import note_results
     from tables import closing
 
     folder = record.folder
@@ -188,6 +189,7 @@ def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Con
         if args.plots:
             draw(folder, "summary", console)
         print(f"results in {folder.path}")
+        note_results(folder.path)
 
 
 def draw(folder: RunFolder, figure: str, console: Console) -> None:

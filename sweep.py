@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from errors import Interrupted
 from tables import seeds_table
 
 MAIN = Path(__file__).with_name("main.py")
-RESULTS = "results in "  # a run's last line begins so, also with --quiet
+NOTE = "NOTE_OF_RESULTS"  # in a seed's environment: the open file in which it notes where its results lie
 OUT_OF_TIME = 128 + signal.SIGUSR1
 
 
@@ -72,20 +73,29 @@ def command(argv: Sequence[str], name: str | None, seed: int) -> list[str]:
 
 
 def run(line: Sequence[str], env: Mapping[str, str]) -> tuple[int, Path | None]:
-    """Exit status of a run, as a shell has it, and its folder; what it prints is passed on.
+    """Exit status of a run, as a shell has it, and its folder.
 
-    Signals are passed on as well. The run knows what to do about a lack of time; after any other signal, the sweep
-    ends with it.
+    It prints by itself: through a pipe its lines would come late and run into its progress bar. Signals are passed on.
+    The run knows what to do about a lack of time; after any other signal, the sweep ends with it.
     """
-    folder = None
-    env = os.environ | {"STARTED_BY": str(os.getpid())} | env
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=env)
+    with tempfile.TemporaryFile() as note:
+        env = os.environ | {"STARTED_BY": str(os.getpid()), NOTE: str(note.fileno())} | env
+        status = status_of(subprocess.Popen(line, pass_fds=[note.fileno()], env=env))
+        note.seek(0)
+        folder = os.fsdecode(note.read())
+    return (128 - status if status < 0 else status), Path(folder) if folder else None
+
+
+def note_results(folder: Path) -> None:
+    """Tell the sweep that started this run, if one did, where its results lie."""
+    if NOTE in os.environ:
+        os.write(int(os.environ[NOTE]), os.fsencode(folder))
+
+
+def status_of(process: subprocess.Popen) -> int:
+    """What a process ends with; negative for a signal."""
     try:
-        for text in process.stdout:
-            print(text, end="", flush=True)
-            if text.startswith(RESULTS):
-                folder = Path(text.removeprefix(RESULTS).rstrip("\n"))
-        status = process.wait()
+        return process.wait()
     except BaseException as error:
         if isinstance(error, Interrupted):
             process.send_signal(error.number)
@@ -95,7 +105,7 @@ def run(line: Sequence[str], env: Mapping[str, str]) -> tuple[int, Path | None]:
         status = process.wait()
         if status != OUT_OF_TIME:
             raise
-    return (128 - status if status < 0 else status), folder
+    return status
 
 
 def closing(folders: dict[int, Path | None]) -> str:

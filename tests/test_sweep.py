@@ -1,10 +1,16 @@
 """Several seeds: a run each, no failure stops the rest, the means are right, an array job shares them out."""
 
+import fcntl
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +26,7 @@ from tables import seeds_table
 
 LOGS = Path("lightning_logs")
 STAND_IN = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 argv = sys.argv[1:]
 seed = argv[len(argv) - argv[::-1].index("--seed")]
 if (pathlib.Path("signal_of") / seed).exists():
@@ -35,6 +41,21 @@ folder.mkdir(parents=True)
 (folder / "metrics.csv").write_text(f"epoch,lr,test_acc,nan\\n0,,0,\\n1,0.1,{seed},nan\\n")
 print("training")
 print(f"results in {folder}")
+os.write(int(os.environ["NOTE_OF_RESULTS"]), bytes(folder))
+"""
+
+
+# What `console.Console` does at a terminal; the bar stays long enough for whoever passes lines on to come late.
+WITH_A_BAR = """
+from tqdm import tqdm
+bar = tqdm(total=3, unit=" steps", leave=False)
+for epoch in (1, 2, 3):
+    bar.update()
+    tqdm.write(f"epoch {epoch}/3", file=sys.stdout)
+    sys.stdout.flush()
+    bar.refresh()
+    time.sleep(0.3)
+bar.close()
 """
 
 
@@ -122,6 +143,52 @@ def test_with_the_sweep_its_seed_ends(stand_in, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.communicate(timeout=20)  # until the started one, which holds the pipe too, has ended
+
+
+def at_a_terminal(line):
+    """Exit status of a command at a terminal, and the lines that its screen shows at the end."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(line[0], line)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 80, 0, 0))  # else tqdm finds no room for a bar
+    told = b""
+    with suppress(OSError):  # how Linux says that the other end is closed
+        while piece := os.read(terminal, 65536):
+            told += piece
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), screen(told.decode())
+
+
+def screen(text):
+    """The lines that a terminal shows: a carriage return goes back, and what follows overwrites."""
+    lines, row, column = [""], 0, 0
+    for word in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.", text, re.S):
+        if word == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif word == "\r":
+            column = 0
+        elif word == "\x1b[A":
+            row -= 1
+        elif word[0] != "\x1b":
+            lines[row] = lines[row].ljust(column)[:column] + word + lines[row][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+def test_at_a_terminal_every_line_stands_whole_and_alone_between_progress_bars(tmp_path):
+    program = tmp_path / "with_bars.py"
+    program.write_text(STAND_IN.replace('print("training")', WITH_A_BAR))
+    code = f"import sys, sweep, pathlib, main; sweep.MAIN = pathlib.Path({str(program)!r}); sys.exit(main.main())"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"
+    status, lines = at_a_terminal([sys.executable, "-c", code, "--seed", "1", "4"])
+    seeds = [
+        line
+        for i, seed in enumerate((1, 4), 1)
+        for line in (f"seed {seed}, {i} of 2", "", *(f"epoch {k}/3" for k in (1, 2, 3)), f"results in runs/{seed}")
+    ]
+    assert status == 0 and lines[: len(seeds)] == seeds, lines
+    assert "2 seeds: 1 4" in "".join(lines) and "steps" not in "".join(lines)  # no bar is left
 
 
 def test_quiet_says_only_where_results_lie(stand_in, capfd):
