@@ -16,6 +16,7 @@ import ranks
 import slurm
 
 MODELS = ("MLP", "MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")
+IMAGE_MODELS = ("MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")  # others get what the data are
 DATASETS = ("SZT", "MNIST", "FashionMNIST", "CIFAR10")
 NONLINEARITIES = ("tanh", "relu", "gelu", "silu", "sigmoid", "leaky_relu", "elu", "identity")
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -513,7 +514,7 @@ def _refuse_bad_combinations(parser: _Parser, given: dict, flags: dict) -> None:
     dataset, model = flags["dataset"], flags["model"]
     if dataset not in DATASETS and not Path(dataset).is_dir():
         error(f"argument -d/--dataset: {dataset!r} is neither one of {', '.join(DATASETS)} nor a folder")
-    if dataset == "SZT" and model != "MLP" and not flags["measure"]:
+    if dataset == "SZT" and model in IMAGE_MODELS and not flags["measure"]:
         error(f"argument -m/--model: {model} needs images, and SZT has patterns of 12 bits: use -m MLP")
     for name, flag in MLP_FLAGS.items():
         if name in given and model != "MLP":
