@@ -3,16 +3,21 @@
 FROM mambaorg/micromamba:2.6.1
 
 # A machine that builds images has no GPU: told of one, the solver takes the CUDA build of pytorch.
-# cxx-compiler brings the gcc and g++ of torch.compile; git finds the commit of a checkout mounted over the code.
+# cxx-compiler brings the gcc and g++ of torch.compile, cuda-compiler the cuda.h that triton needs on a GPU;
+# git finds the commit of a checkout mounted over the code.
 COPY --chown=$MAMBA_USER:$MAMBA_USER environment.yaml /tmp/environment.yaml
-RUN CONDA_OVERRIDE_CUDA=12.9 micromamba install -y -n base cxx-compiler git -f /tmp/environment.yaml \
+RUN CONDA_OVERRIDE_CUDA=12.9 micromamba install -y -n base \
+        cxx-compiler "cuda-compiler>=12.8.1" git -f /tmp/environment.yaml \
     && micromamba clean --all --yes
 
 ARG MAMBA_DOCKERFILE_ACTIVATE=1
-RUN python -c "import torch; assert torch.version.cuda, 'this is the CPU build of pytorch'"
-RUN TORCHINDUCTOR_CACHE_DIR="$(mktemp -d)" && export TORCHINDUCTOR_CACHE_DIR \
+# Triton compiles its driver where the GPU is; conda's looks for the header in this folder.
+RUN python -c "import torch; assert torch.version.cuda, 'this is the CPU build of pytorch'" \
+    && ls /opt/conda/targets/*/include/cuda.h
+# What inductor leaves would be this user's, and --compile under --user would stumble over it.
+RUN TMPDIR="$(mktemp -d)" && export TMPDIR \
     && python -c "import torch; torch.compile(torch.sin)(torch.ones(8))" \
-    && rm -r "$TORCHINDUCTOR_CACHE_DIR"
+    && rm -r "$TMPDIR"
 
 # data/, lightning_logs/ and figures/ come below, of whoever runs it: 57439, the base image's user, or --user.
 USER 0

@@ -24,7 +24,23 @@ from stand_ins import ROOT, StandIns, tool
 PYPI_NAMES = {"pytorch": "torch"}  # where conda calls a package otherwise
 BY_THE_NOTEBOOK = {"ipykernel"}  # imported by nobody, named by the notebook's kernel
 IN_THE_IMAGE = {*(path.name for path in ROOT.glob("*.py")), "plots.ipynb", "environment.yaml"}
-TORCH = "class version:\n    cuda = {cuda!r}\nsin, ones = abs, int\n\ndef compile(function):\n    return function\n"
+TORCH = """
+import os, tempfile
+from types import SimpleNamespace
+
+version = SimpleNamespace(cuda={cuda!r})
+cuda = SimpleNamespace(is_available=lambda: False)
+sin = print
+
+def ones(num, device="cpu"):
+    return num
+
+def compile(function):
+    # Inductor's precompiled headers: whatever TORCHINDUCTOR_CACHE_DIR says, they lie in the temporary folder.
+    os.mkdir(tempfile.gettempdir() + "/torchinductor_user")
+    return function
+"""
+HEADER_OF_TRITON = "targets/x86_64-linux/include/cuda.h"  # below conda's environment
 
 
 def dockerfile():
@@ -196,27 +212,36 @@ def stand_ins(tmp_path):
 
 @pytest.fixture
 def place(tmp_path):
-    """An empty folder that stands for where the image's shell is, with a torch built for CUDA in it."""
+    """An empty folder that stands for where the image's shell is, with a torch built for CUDA in it.
+
+    Beside it are conda's environment and the image's folder for temporary files.
+    """
     place = tmp_path / "place"
     place.mkdir()
     (place / "torch.py").write_text(TORCH.format(cuda="12.9"))
+    header = tmp_path / "conda" / HEADER_OF_TRITON
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (tmp_path / "tmp").mkdir()
     return place
 
 
 def docker_build(stand_ins, place):
     """All RUN lines as Docker runs them, up to the first that fails: the last one's result."""
     for line in RUN:
-        done = stand_ins.run("bash", "-o", "pipefail", "-c", line, cwd=place, TMPDIR=str(place))
+        line = line.replace("/opt/conda", str(place.parent / "conda"))
+        done = stand_ins.run("bash", "-o", "pipefail", "-c", line, cwd=place, TMPDIR=str(place.parent / "tmp"))
         if done.returncode:
             break
     return done
 
 
 def apptainer_build(stand_ins, place):
-    """%post and %test in the same way; the code's place in the image is a folder here."""
+    """%post and %test in the same way; the places of the code and of conda in the image are folders here."""
     for name in ("post", "test"):
         script = SECTIONS[name].replace("/opt/master_thesis", str(place))
-        done = stand_ins.run("sh", "-c", script, cwd=place)
+        script = script.replace("/opt/conda/targets", str(place.parent / "conda/targets"))
+        done = stand_ins.run("sh", "-c", script, cwd=place, TMPDIR=str(place.parent / "tmp"))
         if done.returncode:
             break
     return done
@@ -231,11 +256,44 @@ def test_a_build_installs_cleans_up_and_then_asks_torch_for_cuda_and_a_compiler(
     assert done.returncode == 0, done.stderr
     install, clean, *asked = stand_ins.calls()
     assert install["argv"][:4] == ["install", "-y", "-n", "base"]
-    assert install["argv"][-1].endswith("/environment.yaml") and {"cxx-compiler", "git"} < set(install["argv"])
+    assert install["argv"][-1].endswith("/environment.yaml")
+    assert {"cxx-compiler", "cuda-compiler>=12.8.1", "git"} < set(install["argv"])
     assert clean["argv"] == ["clean", "--all", "--yes"]
-    assert [call["name"] for call in asked] == ["python", "python"]
-    assert "torch.version.cuda" in asked[0]["argv"][1] and "torch.compile" in asked[1]["argv"][1]
+    assert {call["name"] for call in asked} == {"python"}
+    assert "torch.version.cuda" in asked[0]["argv"][1]
+    assert all("torch.compile" in call["argv"][1] for call in asked[1:]) and asked[1:]
     assert [path.name for path in place.iterdir() if path.name != "__pycache__"] == ["torch.py"]
+
+
+@BUILDS
+def test_a_build_leaves_no_compiled_headers_which_another_user_could_not_replace(build, stand_ins, place):
+    assert build(stand_ins, place).returncode == 0
+    assert "torch.compile" in str(stand_ins.calls("python"))
+    assert list((place.parent / "tmp").iterdir()) == []
+
+
+@BUILDS
+def test_a_build_without_the_header_that_triton_compiles_against_fails(build, stand_ins, place):
+    (place.parent / "conda" / HEADER_OF_TRITON).unlink()
+    done = build(stand_ins, place)
+    assert done.returncode != 0 and "include/cuda.h" in done.stderr
+
+
+def test_the_definitions_own_build_checks_what_the_dockerfile_checks(stand_ins, place):
+    """%test can be left out (--notest), %post cannot."""
+    docker_build(stand_ins, place)
+    in_docker = [call["argv"] for call in stand_ins.calls("python")]
+    post = SECTIONS["post"].replace("/opt/master_thesis", str(place))
+    post = post.replace("/opt/conda/targets", str(place.parent / "conda/targets"))
+    assert stand_ins.run("sh", "-c", post, cwd=place, TMPDIR=str(place.parent / "tmp")).returncode == 0
+    assert [call["argv"] for call in stand_ins.calls("python")] == 2 * in_docker
+
+
+def test_apptainers_own_test_compiles_for_a_gpu_where_there_is_one(stand_ins, place):
+    torch = (place / "torch.py").read_text().replace("return num", "return device")
+    (place / "torch.py").write_text(torch.replace("lambda: False", "lambda: True"))
+    done = stand_ins.run("sh", "-c", SECTIONS["test"], cwd=place, TMPDIR=str(place.parent / "tmp"))
+    assert (done.returncode, done.stdout) == (0, "cuda\n")
 
 
 def test_both_builds_install_the_same_and_take_the_machine_for_one_with_a_gpu(stand_ins, place):
@@ -354,6 +412,7 @@ def test_shellcheck_finds_nothing_in_apptainers_sections(name):
 
 
 COMMANDS = ["docker build -t master_thesis .",
+            "podman build --format docker -t master_thesis .",
             "docker run -it --gpus all master_thesis python main.py -m ResNet -d CIFAR10",
             "apptainer build master_thesis.sif master_thesis.def",
             "./master_thesis.sif python main.py",
