@@ -9,7 +9,7 @@ import difflib
 import math
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ranks
@@ -242,9 +242,32 @@ class _Parser(argparse.ArgumentParser):
 
     source = ""
 
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> object:
+        """All flags; a word that is none or belongs to none is an error, which knows a flag of a similar name."""
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            if not word.startswith("-"):
+                self.error(f"{unknown[0]!r} belongs to no flag; --help lists all flags")
+            flags = (flag for flag in self._option_string_actions if len(flag) > 2 or len(word) == 2)
+            self.error(f"unknown flag {word}" + (perhaps(word, flags) or "; --help lists all flags"))
+        return values
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            allowed = ", ".join(action.choices) + perhaps(value, action.choices, "; ")
+            raise argparse.ArgumentError(action, f"{value!r} is none of {allowed}")
+
     def error(self, message: str) -> None:
         known = ranks.name_by_environment()  # then the first rank says the same
         self.exit(2, None if known else f"{self.prog}: error: {self.source}{message}\n")
+
+
+def perhaps(word: str, names: Iterable[str], comma: str = ", ") -> str:
+    """`, perhaps NAME` with the name that a mistyped word resembles most, whatever its case; else nothing."""
+    by_letters = {name.lstrip("-").lower(): name for name in names}
+    close = difflib.get_close_matches(word.lstrip("-").lower(), by_letters, n=1)
+    return f"{comma}perhaps {by_letters[close[0]]}" if close else ""
 
 
 class _OneOrSeveral(argparse.Action):
@@ -478,8 +501,7 @@ def _read_config(parser: _Parser, path: Path, flag: str) -> dict:
                 parser.error("provenance is no mapping, as a run writes it")
             continue
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            parser.error(f"unknown key {name!r}" + (f", perhaps {close[0]!r}" if close else f"; known are {known}"))
+            parser.error(f"unknown key {name!r}" + (perhaps(str(name), known) or f"; known are {known}"))
         argv += _as_argv(parser, name, value)
     values = vars(parser.parse_args(argv))
     parser.source = ""
@@ -513,7 +535,8 @@ def _refuse_bad_combinations(parser: _Parser, given: dict, flags: dict) -> None:
     error = parser.error
     dataset, model = flags["dataset"], flags["model"]
     if dataset not in DATASETS and not Path(dataset).is_dir():
-        error(f"argument -d/--dataset: {dataset!r} is neither one of {', '.join(DATASETS)} nor a folder")
+        close = perhaps(dataset, DATASETS, "; ")
+        error(f"argument -d/--dataset: {dataset!r} is neither one of {', '.join(DATASETS)} nor a folder{close}")
     if dataset == "SZT" and model in IMAGE_MODELS and not flags["measure"]:
         error(f"argument -m/--model: {model} needs images, and SZT has patterns of 12 bits: use -m MLP")
     for name, flag in MLP_FLAGS.items():

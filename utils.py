@@ -8,7 +8,7 @@ from typing import Any
 from console import Console
 from decodable_information import COLUMNS, DecodableInformation, decodable_information
 from errors import WrongFlag
-from flags import epochs_to_measure, get_args
+from flags import epochs_to_measure, get_args, perhaps
 from measures import Measure
 from neural_collapse import NeuralCollapse, neural_collapse
 from rank import Rank, rank
@@ -57,7 +57,8 @@ def layers_matching(patterns: Sequence[str] | None, layers: Sequence[str], flag:
         return list(layers)
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
-            raise WrongFlag(f"argument {flag}: {pattern!r} matches none of the layers {', '.join(layers)}")
+            names = ", ".join(layers) + perhaps(pattern, layers, "; ")
+            raise WrongFlag(f"argument {flag}: {pattern!r} matches none of the layers {names}")
     return [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in patterns)]
 
 

@@ -96,14 +96,24 @@ WRONG = [
     ("--optimizer lbfgs", "--optimizer", "adamw"),
     ("--schedule steps", "--schedule", "cosine"),
     ("--seed -1", "--seed", "at least 0"),
-    ("--strategy nonsense", "--strategy", "invalid choice"),
+    ("--strategy nonsense", "--strategy", "ddp_find_unused_parameters_true"),
     ("--seed 4294967296", "--seed", "at most"),
     ("--limit 0", "--limit", "at least 1"),
     ("--devices 0", "--devices", "at least 1"),
     ("--num-nodes none", "--num-nodes", "whole number"),
     ("--accelerator abacus", "--accelerator", "gpu"),
     ("--precision 8", "--precision", "bf16-mixed"),
-    ("--epoch 3", "--epoch", "unrecognized"),  # no abbreviations: they break when a flag is added
+    ("--epoch 3", "--epoch", "perhaps --epochs"),  # no abbreviations: they break when a flag is added
+    ("--no-dbi", "--no-dbi", "perhaps --no-dib"),
+    ("--lr 0.1", "--lr", "perhaps -lr"),
+    ("--batch_size=3", "--batch_size", "perhaps --batch-size"),
+    ("--zzz", "--zzz", "--help"),
+    ("-m resnet", "--model", "perhaps ResNet"),
+    ("-d mnist", "--dataset", "perhaps MNIST"),
+    ("-d CIFAR-10", "--dataset", "perhaps CIFAR10"),
+    ("--optimizer adma", "--optimizer", "perhaps adam"),
+    ("--measure-sets tset", "--measure-sets", "perhaps test"),
+    ("-e 3 4", "'4'", "belongs to no flag"),
     ("--lr-range-test maybe", "--lr-range-test", "only"),
     ("--lr-range-test -lr 0.1", "--lr-range-test", "--learning-rate"),
     ("--measure-every 0", "--measure-every", "at least 1"),
@@ -123,7 +133,7 @@ WRONG = [
     ("--resume nowhere", "--resume", "hparams.yaml"),
     ("--resume last --log-dir nowhere", "--resume", "nowhere"),
     ("-c nowhere.yaml", "--config", "nowhere.yaml"),
-    ("stray", "stray", "unrecognized"),
+    ("stray", "stray", "belongs to no flag"),
 ]
 
 
@@ -137,7 +147,7 @@ def test_a_wrong_flag_ends_with_status_2_and_one_sentence(line, names, allows, c
 
 
 BAD_CONFIGS = [
-    ("epoch: 3", "'epoch'", "epochs"),  # misspelt
+    ("epoch: 3", "'epoch'", "perhaps epochs"),  # misspelt
     ("epochs: 2.7", "--epochs", "whole number"),
     ("epochs: [3]", "--epochs", "one value"),
     ("epochs: {}", "--epochs", "{}"),
