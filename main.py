@@ -35,6 +35,9 @@ SMALL = 10_000  # parameters: below, a second thread takes longer to wake than i
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says. Exit status: 0 done, 1 error, 2 wrong flag, 128 + the number of a signal."""
     Interrupted.on(signal.SIGINT, signal.SIGTERM, *slurm.time_out_signals())
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     write_what_the_terminal_can()
     ranks.end_with_starter()
     try:
@@ -210,7 +213,10 @@ def list_layers(args: Namespace) -> None:
 
     shape, num_classes = shape_and_classes(args.dataset)
     module = Classifier.from_flags(flags_of_run(args), shape, num_classes)
-    print(layer_table(dimensions(module.network, shape)))
+    try:
+        print(layer_table(dimensions(module.network, shape)), flush=True)
+    except BrokenPipeError:  # who reads has seen enough, as with `| head -1`
+        sys.stdout = sys.stderr  # and is offered the rest no more
 
 
 def load_data(args: Namespace) -> Data:

@@ -799,6 +799,29 @@ def test_a_place_that_does_not_do_is_one_sentence_and_leaves_nothing(words, stat
     assert snapshot(tmp_path) == before
 
 
+# Nobody reads
+
+
+@pytest.mark.parametrize(("line", "status"), [("--list-layers", 0), (" ".join([*TINY, "--limit", "99"]), 1)])
+def test_a_pipe_that_nobody_reads_ends_quietly(line, status):
+    """Who reads a list has seen enough; a run that was cut short says so."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *line.split()], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, "main.py: standard output: Broken pipe\n" * status)
+
+
+@pytest.mark.parametrize("line", ["--list-layers", " ".join([*TINY, "--limit", "99"])])
+def test_a_closed_standard_output_changes_nothing_else(line):
+    done = subprocess.run(
+        ["bash", "-c", f"exec {sys.executable} {ROOT / 'main.py'} {line} >&-"], stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # At the same time
 
 
