@@ -9,6 +9,7 @@ from typing import ClassVar
 
 AGAIN = 1.0  # seconds of computing after which an interruption that got lost is repeated
 PLAIN = {"→": "->", "–": "-", "−": "-", "×": "x", "±": "+-", "…": "..."}
+TOO_LARGE = "cannot be converted to type"  # torch's words for a number beyond a tensor's type
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch's words, of CUDA, CPU and libraries
 
 
@@ -33,6 +34,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = str(error) if isinstance(error, RuntimeError) else ""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or any(phrase in words for phrase in NO_MEMORY)
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether torch refused a number for being beyond a tensor's number format."""
+    return isinstance(error, RuntimeError) and TOO_LARGE in str(error)
 
 
 class Interrupted(BaseException):

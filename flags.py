@@ -6,7 +6,6 @@ the dataset, then among the defaults. What was found is what the run's `hparams.
 
 import argparse
 import difflib
-import math
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
@@ -163,6 +162,11 @@ FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices",
                   "num_nodes", "plots", "strategy", "threads")  # fmt: skip
 OF_SEVERAL = ("seed", "widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")
 MAX_EPOCHS = 10**6  # the epochs to measure are listed
+MAX_COUNT = 10**9  # of samples, units of a layer, gigabytes: beyond what any machine holds
+MAX_RATE = 1e30  # rates and decays: float32 ends at 3e38, and optimizers multiply
+MAX_SCALE = 1e6
+MAX_NODES = 10**4
+MAX_THREADS = 10**4
 MAX_NAME = 255  # bytes in a file's name
 MLP_FLAGS = {"widths": "-w/--widths", "nonlinearity": "-nl/--nonlinearity", "batch_norm": "--batch-norm"}
 
@@ -280,22 +284,27 @@ class _OneOrSeveral(argparse.Action):
         setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
-def _number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
+def _number(kind: type, low: float, high: float = MAX_COUNT, *, open_low: bool = False) -> Callable:
     """A converter for a number in [low, high], or (low, high] with `open_low`."""
     word = "whole number" if kind is int else "number"
-    bound = f"above {low}" if open_low else f"of at least {low}"
-    allowed = f"a {word} {bound}" + (f" and at most {high}" if high < math.inf else "")
+    lowest, highest = (f"{bound:g}" if isinstance(bound, float) else f"{bound}" for bound in (low, high))
+    allowed = f"a {word} {'above' if open_low else 'of at least'} {lowest} and at most {highest}"
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}") from None
-        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-        return value
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {allowed}") from None
+        if not (low < value if open_low else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {allowed}")
+        return value + 0  # makes 0 of -0.0
 
     return convert
+
+
+def _rate() -> Callable:
+    """A converter for a learning rate."""
+    return _number(float, 0, MAX_RATE, open_low=True)
 
 
 def _text(text: str) -> str:
@@ -311,7 +320,7 @@ def _epochs(text: str) -> str:
     least = 2 if text.startswith("log:") else 0
     if not (number.isascii() and number.isdigit() and least <= int(number) <= MAX_EPOCHS):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither an epoch (0, 1, …) nor log:N with N of at least 2, up to {MAX_EPOCHS}"
+            f"{reprlib.repr(text)} is neither an epoch (0, 1, …) nor log:N with N of at least 2, up to {MAX_EPOCHS}"
         )
     return text
 
@@ -353,8 +362,8 @@ def _add_run(parser: _Parser) -> None:
         help="seed of everything random; several: one run for each, and their means")
     add("--accelerator", choices=("auto", "cpu", "gpu"), help="where to compute")
     add("--devices", type=_number(int, 1), metavar="N", help="number of devices per machine")
-    add("--num-nodes", type=_number(int, 1), metavar="N", help="number of machines")
-    add("--threads", type=_number(int, 1), metavar="N",
+    add("--num-nodes", type=_number(int, 1, MAX_NODES), metavar="N", help="number of machines")
+    add("--threads", type=_number(int, 1, MAX_THREADS), metavar="N",
         help="threads of each process on the CPU (else 1 for networks below 10,000 parameters, for others all)")
     add("--strategy", choices=STRATEGIES, help="Lightning's strategy; for several devices auto is ddp")
     add("--precision", choices=PRECISIONS, help="number format of training")
@@ -392,17 +401,17 @@ def _add_optimisation(parser: _Parser) -> None:
     fraction = _number(float, 0, 1)
     add("-e", "--epochs", type=_number(int, 1, MAX_EPOCHS), metavar="N", help="passes over the training set")
     add("-b", "--batch-size", type=_number(int, 1), metavar="N", help="samples a step, over all devices together")
-    add("-lr", "--learning-rate", type=_number(float, 0, open_low=True), metavar="RATE", help="highest learning rate")
+    add("-lr", "--learning-rate", type=_rate(), metavar="RATE", help="highest learning rate")
     add("--optimizer", choices=OPTIMIZERS, help="sgd is with Nesterov momentum")
     add("--momentum", type=_number(float, 0, 1), metavar="M", help="momentum of sgd")
     add("--betas", type=fraction, nargs=2, metavar="B", help="decay rates of adam and adamw")
-    add("--weight-decay", type=_number(float, 0), metavar="WD", help="weight decay")
+    add("--weight-decay", type=_number(float, 0, MAX_RATE), metavar="WD", help="weight decay")
     add("--label-smoothing", type=fraction, metavar="S", help="label smoothing of the cross-entropy")
     add("--schedule", choices=SCHEDULES, help="how the rate falls after the warm-up")
     add("--warmup", type=fraction, metavar="F", help="share of the steps in which the rate rises")
     add("--start-factor", type=fraction, metavar="F", help="rate at the start of the warm-up, relative to the highest")
     add("--end-factor", type=fraction, metavar="F", help="rate at the end, relative to the highest")
-    add("--bias-lr-scale", type=_number(float, 0, open_low=True), metavar="X",
+    add("--bias-lr-scale", type=_number(float, 1 / MAX_SCALE, MAX_SCALE), metavar="X",
         help="rate of batch norms' biases, relative")
     add("--whiten-epochs", type=_number(int, 0), metavar="N", help="CIFARNet: epochs that train the whitening's bias")
     add("--lookahead", action=argparse.BooleanOptionalAction, help="average the weights over every five steps")
@@ -424,9 +433,8 @@ def _add_measures(parser: _Parser) -> None:
     add("--cache-gb", type=_number(float, 0), metavar="GB",
         help="memory for activations (else a quarter of what is free); what does not fit is computed twice")
     add("--dib-layers", nargs="+", metavar="PATTERN", help="layers for DIB, of those measured (else all)")
-    add("--dib-epochs", type=_number(int, 1), metavar="N", help="epochs that train the heads")
-    add("--dib-lr", type=_number(float, 0, open_low=True), metavar="RATE",
-        help="learning rate of the heads, falls to 1/100")
+    add("--dib-epochs", type=_number(int, 1, MAX_EPOCHS), metavar="N", help="epochs that train the heads")
+    add("--dib-lr", type=_rate(), metavar="RATE", help="learning rate of the heads, falls to 1/100")
     add("--dib-batch-size", type=_number(int, 2), metavar="N", help="samples a step of the heads")
     add("--dib-optimizer", choices=("sgd", "adam"), help="optimizer of the heads")
     add("--dib-init", choices=("reset", "copy"), help="heads start anew or from the network's own decoder")

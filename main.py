@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ranks
 import slurm
-from errors import Interrupted, UserError, is_out_of_memory, write_what_the_terminal_can
+from errors import Interrupted, UserError, is_out_of_memory, is_too_large, write_what_the_terminal_can
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -77,6 +77,12 @@ def attempt(argv: list[str]) -> int:
     except (RuntimeError, MemoryError) as error:
         if ranks.is_lost_rank(error):
             return ended(ranks.LOST, 1)
+        if is_too_large(error):
+            return ended(
+                "a step became too large for --precision: lower -lr/--learning-rate, --bias-lr-scale, --weight-decay "
+                "or --dib-lr",
+                1,
+            )
         if not is_out_of_memory(error):
             raise
         return ended(

@@ -114,6 +114,12 @@ WRONG = [
     ("--optimizer adma", "--optimizer", "perhaps adam"),
     ("--measure-sets tset", "--measure-sets", "perhaps test"),
     ("-e 3 4", "'4'", "belongs to no flag"),
+    ("--weight-decay 1e300", "--weight-decay", "at most 1e+30"),
+    ("--cache-gb 1e300", "--cache-gb", "at most 1000000000"),
+    ("--bias-lr-scale 1e300", "--bias-lr-scale", "at most 1e+06"),
+    ("--bias-lr-scale 1e-320", "--bias-lr-scale", "at least 1e-06"),
+    ("-b " + "9" * 400, "--batch-size", "at most 1000000000"),
+    ("--num-nodes 100000", "--num-nodes", "at most 10000"),
     ("--lr-range-test maybe", "--lr-range-test", "only"),
     ("--lr-range-test -lr 0.1", "--lr-range-test", "--learning-rate"),
     ("--measure-every 0", "--measure-every", "at least 1"),
@@ -144,6 +150,55 @@ def test_a_wrong_flag_ends_with_status_2_and_one_sentence(line, names, allows, c
     told = capsys.readouterr().err
     assert end.value.code == 2
     assert names in told and allows in told and told.count("\n") == 1
+
+
+NUMERIC = {action.option_strings[-1]: action for action in flags._build_parser()._actions if action.type}
+EXTREMES = ["0", "-0.0", "1e-320", "1e300", "-1e300", "nan", "inf", "-1", "9" * 400]
+
+
+@pytest.mark.parametrize("text", EXTREMES, ids=[text[:8] for text in EXTREMES])
+@pytest.mark.parametrize("flag", NUMERIC)
+def test_an_extreme_number_is_a_finite_value_or_refused_in_a_sentence_with_the_flag(flag, text, capsys):
+    count = NUMERIC[flag].nargs if isinstance(NUMERIC[flag].nargs, int) else 1
+    argv = [flag, *[text] * count] if count > 1 else [f"{flag}={text}"]
+    try:
+        value = getattr(get_args(argv), NUMERIC[flag].dest)
+    except SystemExit as end:
+        told = capsys.readouterr().err
+        assert end.code == 2 and flag in told and told.count("\n") == 1 and len(told) < 300
+    else:
+        for item in value if isinstance(value, list) else [value]:
+            assert 0 <= float(item) <= flags.MAX_RATE and not str(item).startswith("-")
+
+
+@pytest.mark.parametrize(
+    ("flag", "allowed"),
+    [
+        ("--learning-rate", {"1e-320"}),
+        ("--dib-lr", {"1e-320"}),
+        ("--weight-decay", {"0", "-0.0", "1e-320"}),
+        ("--cache-gb", {"0", "-0.0", "1e-320"}),
+        ("--warmup", {"0", "-0.0", "1e-320"}),
+        ("--momentum", {"0", "-0.0", "1e-320"}),
+        ("--betas", {"0", "-0.0", "1e-320"}),
+        ("--end-factor", {"0", "-0.0", "1e-320"}),
+        ("--bias-lr-scale", set()),
+        ("--whiten-epochs", {"0"}),
+        ("--seed", {"0"}),
+        ("--limit", set()),
+        ("--batch-size", set()),
+        ("--devices", set()),
+    ],
+)
+def test_which_extreme_numbers_a_flag_takes(flag, allowed):
+    taken = set()
+    for text in EXTREMES:
+        try:
+            NUMERIC[flag].type(text)
+        except flags.argparse.ArgumentTypeError:
+            continue
+        taken.add(text)
+    assert taken == allowed
 
 
 BAD_CONFIGS = [

@@ -799,6 +799,29 @@ def test_a_place_that_does_not_do_is_one_sentence_and_leaves_nothing(words, stat
     assert snapshot(tmp_path) == before
 
 
+# Extreme numbers
+
+
+EXTREME = {
+    "smallest": "-lr 1e-320 --dib-lr 1e-320 --weight-decay 1e-320 --warmup 1e-320 --start-factor 0 --betas 0 0 "
+    "--label-smoothing 1e-320 --bias-lr-scale 1e-6 --cache-gb 1e-320 --batch-norm",
+    "largest": "-lr 1e30 --dib-lr 1e30 --weight-decay 1e30 --warmup 1 --bias-lr-scale 1e6 --cache-gb 1e9 "
+    "-b 1000000000 --dib-batch-size 1000000000 --save-every 1000000000 --batch-norm",
+    "largest of sgd": "-lr 1e30 --weight-decay 1e30 --optimizer sgd --momentum 0.9999999999999999 --dib-optimizer sgd",
+    "beyond float32": "-lr 1e30 --betas 0.9999999999999999 0.9999999999999999",
+}
+
+
+@pytest.mark.parametrize("case", EXTREME)
+def test_the_most_extreme_numbers_end_in_a_result_or_a_sentence(case, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # heads diverge
+        status = main.main([*TINY, "--limit", "50", *EXTREME[case].split()])
+    assert status == 0 or (status == 1 and told(capsys))
+    if case == "beyond float32":
+        assert status == 1
+
+
 # Nobody reads
 
 
