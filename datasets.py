@@ -40,7 +40,7 @@ from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity
 
-from errors import UserError
+from errors import UserError, WrongFlag
 
 # The icosahedron of SZT: row v lists the neighbours of vertex v. Vertices at distance three are opposite.
 NEIGHBOURS = [
@@ -805,6 +805,21 @@ class Data(LightningDataModule):
         self.dataset = dataset
         self.batch_size = batch_size
         self.random = {"augment": augment, "alternate_flip": alternate_flip, "seed": seed}
+
+    def refuse_few(self, num_devices: int, in_step: int = 0) -> None:
+        """Refuse fewer samples than one for each device, and `in_step` for each in a training step."""
+        train, test = (len(split.labels) for split in (self.dataset.train, self.dataset.test))
+        for num, what, least in (
+            (train, "training sample(s) (--limit)", max(in_step, 1)),
+            (test, "test sample(s) (--limit)", 1),
+            (self.batch_size, "sample(s) a step (-b/--batch-size)", in_step),
+        ):
+            if num < least * num_devices:
+                norm = " with batch norm" if least > 1 else ""
+                raise WrongFlag(
+                    f"only {num} {what} for {num_devices} device(s) (--devices × --num-nodes){norm}: at least "
+                    f"{least * num_devices} are needed"
+                )
 
     def train_dataloader(self) -> Batches:
         """Shuffled and augmented."""

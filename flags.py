@@ -6,6 +6,7 @@ the dataset, then among the defaults. What was found is what the run's `hparams.
 
 import argparse
 import difflib
+import os
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
@@ -167,6 +168,7 @@ MAX_RATE = 1e30  # rates and decays: float32 ends at 3e38, and optimizers multip
 MAX_SCALE = 1e6
 MAX_NODES = 10**4
 MAX_THREADS = 10**4
+PROCESSES_PER_CPU = 4  # more of them only wait for each other
 MAX_NAME = 255  # bytes in a file's name
 MLP_FLAGS = {"widths": "-w/--widths", "nonlinearity": "-nl/--nonlinearity", "batch_norm": "--batch-norm"}
 
@@ -535,6 +537,29 @@ def _as_argv(parser: _Parser, name: str, value: object) -> list[str]:
     return [f"{flag}={value}"]
 
 
+def too_many_processes(num: int) -> str | None:
+    """Why this machine does not start so many processes that compute on its CPUs; None where it does."""
+    num_cpus = os.cpu_count() or 1
+    if num <= PROCESSES_PER_CPU * num_cpus:
+        return None
+    return (
+        f"argument --devices: {num} processes are too many for the {num_cpus} CPUs here, allowed are "
+        f"{PROCESSES_PER_CPU} for each: {PROCESSES_PER_CPU * num_cpus}"
+    )
+
+
+def _refuse_small_batches(parser: _Parser, flags: dict) -> None:
+    """Each device needs a sample of every batch, and two where an MLP has batch norm."""
+    num_devices = flags["devices"] * flags["num_nodes"]
+    has_norm = flags["batch_norm"] and flags["model"] == "MLP"
+    needed = num_devices * (2 if has_norm else 1)
+    if flags["batch_size"] < needed:
+        parser.error(
+            f"argument -b/--batch-size: {flags['batch_size']} is too few for {num_devices} device(s) (--devices × "
+            f"--num-nodes){' with --batch-norm' if has_norm else ''}: at least {needed} are needed"
+        )
+
+
 def _names_a_folder(name: str) -> bool:
     return Path(name).name == name and name not in ("", ".", "..") and len(name.encode()) <= MAX_NAME
 
@@ -556,6 +581,11 @@ def _refuse_bad_combinations(parser: _Parser, given: dict, flags: dict) -> None:
         error("argument --lr-range-test: not allowed with -lr/--learning-rate: the test chooses the rate")
     if "measure_every" in given and "measure_at" in given:
         error("argument --measure-at: not allowed with --measure-every")
+    crowd = too_many_processes(flags["devices"]) if flags["accelerator"] == "cpu" else None
+    if crowd:
+        error(crowd)
+    if not flags["measure"]:
+        _refuse_small_batches(parser, flags)
     if max(flags["betas"]) >= 1:
         error("argument --betas: both must be below 1")
     if flags["momentum"] >= 1:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import ranks
 import slurm
-from errors import Interrupted, UserError, is_out_of_memory, is_too_large, write_what_the_terminal_can
+from errors import (
+    Interrupted,
+    UserError,
+    WrongFlag,
+    is_out_of_memory,
+    is_too_large,
+    write_what_the_terminal_can,
+)
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -122,6 +129,7 @@ def train(args: Namespace) -> None:
     layers = utils.layers_to_measure(args, module.network.layers)
     trainer = new_trainer(args)
     about = facts(trainer, module, data, layers)  # what the machine lacks is said while there is no folder
+    data.refuse_few(trainer.world_size, in_step=1 if module.network.trains_on_one(data.dataset.shape) else 2)
 
     us = ranks.assemble(trainer, vars(args))
     console = Console(quiet=args.quiet or not us.is_first)
@@ -171,6 +179,7 @@ def measure(args: Namespace) -> None:
     layers = utils.layers_to_measure(args, module.network.layers)
     trainer = new_trainer(args)
     about = facts(trainer, module, data, layers) | {"measured": args.measure}
+    data.refuse_few(trainer.world_size)
 
     us = ranks.assemble(trainer, vars(args))
     console = Console(quiet=args.quiet or not us.is_first)
@@ -279,6 +288,7 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
     from lightning.pytorch import Trainer
 
     from console import OwnSignals, silence_libraries
+    from flags import too_many_processes
     from run_folder import WholeCheckpoints
 
     silence_libraries()
@@ -301,6 +311,9 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
         **options,
         "callbacks": [OwnSignals(), *options.get("callbacks", ())],
     }
+    crowd = too_many_processes(args.devices) if args.accelerator == "auto" and not torch.cuda.is_available() else None
+    if crowd:
+        raise WrongFlag(crowd)
     try:
         if SLURMEnvironment.detect():  # else four tasks with --devices 1 would be four runs
             SLURMEnvironment().validate_settings(args.devices, args.num_nodes)

@@ -19,10 +19,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import convnext_tiny, resnet18
 from torchvision.models.convnext import CNBlock
 
-from errors import UserError
+from errors import UserError, WrongFlag
 from ranks import Ranks
 from seeds import seed_from
 
@@ -76,6 +77,24 @@ class Network(nn.Module):
             raise UserError(f"{type(self).__name__} has no layer {layer!r} to measure; it has {names}.")
         before = self._up_to(layer)
         return self._part(before), self._part(self.sequence[len(before) :])
+
+    def trains_on_one(self, shape: tuple[int, ...]) -> bool:
+        """Whether a single sample of this shape is enough for a training step.
+
+        It is not where batch norm sees but one value of a channel in it: in an MLP, or in a map of 1 × 1.
+        """
+        is_alone: list[bool] = []
+
+        def look(norm: nn.Module, args: tuple[Tensor]) -> None:
+            is_alone.append(args[0][0, 0].numel() == 1)
+
+        hooks = [part.register_forward_pre_hook(look) for part in self.modules() if isinstance(part, _BatchNorm)]
+        if hooks:
+            with torch.no_grad(), evaluating(self):
+                self.forward(next(self.parameters()).new_zeros(1, *shape))
+        for hook in hooks:
+            hook.remove()
+        return not any(is_alone)
 
     def reset(self, module: nn.Module) -> None:
         """Give (a copy of) a part of this network new parameters and statistics, drawn as at construction."""
@@ -435,6 +454,11 @@ class Classifier(LightningModule):
         keep_going: bool = False,
     ):
         super().__init__()
+        if tta and min(shape[1:], default=0) < 2:
+            size = " × ".join(map(str, shape))
+            raise WrongFlag(
+                f"argument --tta: needs images of at least 2 × 2 pixels to shift, but samples here are {size}"
+            )
         self.save_hyperparameters()
         options = {"widths": widths, "nonlinearity": nonlinearity, "batch_norm": batch_norm, "stem": stem}
         self.network = build_network(model, shape, num_classes, **options)

@@ -120,6 +120,9 @@ WRONG = [
     ("--bias-lr-scale 1e-320", "--bias-lr-scale", "at least 1e-06"),
     ("-b " + "9" * 400, "--batch-size", "at most 1000000000"),
     ("--num-nodes 100000", "--num-nodes", "at most 10000"),
+    ("--num-nodes 300", "--batch-size", "at least 300"),
+    ("-b 7 --devices 2 --num-nodes 4 --batch-norm", "--batch-size", "at least 16"),
+    ("-b 1 --limit 20 --batch-norm", "--batch-norm", "at least 2"),
     ("--lr-range-test maybe", "--lr-range-test", "only"),
     ("--lr-range-test -lr 0.1", "--lr-range-test", "--learning-rate"),
     ("--measure-every 0", "--measure-every", "at least 1"),
@@ -199,6 +202,21 @@ def test_which_extreme_numbers_a_flag_takes(flag, allowed):
             continue
         taken.add(text)
     assert taken == allowed
+
+
+def test_more_processes_than_cpus_can_serve_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(flags.os, "cpu_count", lambda: 2)
+    assert get_args(["--accelerator", "cpu", "--devices", "8"]).devices == 8
+    with pytest.raises(SystemExit) as end:
+        get_args(["--accelerator", "cpu", "--devices", "9"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and "--devices: 9 processes" in told and told.endswith("allowed are 4 for each: 8\n")
+    assert get_args(["--devices", "9"]).devices == 9  # there may be GPUs
+    assert get_args(["--accelerator", "gpu", "--devices", "9"]).devices == 9
+
+
+def test_a_small_batch_is_no_mistake_where_nothing_is_trained():
+    assert get_args(["--measure", "x.ckpt", "-b", "1", "--devices", "2", "--batch-norm"]).batch_size == 1
 
 
 BAD_CONFIGS = [

@@ -146,6 +146,11 @@ def test_three_and_more_processes_killed_and_resumed_end_on_the_same_bytes(num, 
     assert_same_run(LOGS / "cut", LOGS / "whole")
 
 
+def test_two_processes_train_batch_norm_on_four_samples_which_is_the_least(tmp_path):
+    statuses, text = run_tasks([*TINY, "--limit", "4", "-b", "4", "--no-dib", "--quiet"], tmp_path)
+    assert statuses == [0, 0], text
+
+
 def test_the_range_test_finds_one_rate_for_all(tmp_path):
     statuses, text = run_tasks([*TINY, "--lr-range-test", "--no-dib", "-e", "1"], tmp_path)
     assert statuses == [0, 0] and text.count("the range test chose") == 1

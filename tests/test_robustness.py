@@ -799,7 +799,78 @@ def test_a_place_that_does_not_do_is_one_sentence_and_leaves_nothing(words, stat
     assert snapshot(tmp_path) == before
 
 
-# Extreme numbers
+# Few samples, extreme numbers
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folders of two classes with four training and three test images, named by the images' size."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 8, 12, 25):
+        for split, num in (("train", 4), ("test", 3)):
+            for name in ("a", "b"):
+                (folder / f"{size}" / split / name).mkdir(parents=True)
+                for i in range(num):
+                    pixels = torch.randint(256, (size, size, 3), generator=generator, dtype=torch.uint8)
+                    Image.fromarray(pixels.numpy()).save(folder / f"{size}" / split / name / f"{i}.png")
+    return folder
+
+
+TOO_FEW = [
+    ("--limit 20 -b 1 --batch-norm", "--batch-size", "at least 2"),
+    ("--limit 1 --batch-norm", "1 training sample(s) (--limit)", "at least 2"),
+    ("--limit 3 --devices 2 --batch-norm", "--devices", "at least 4"),
+    ("--limit 1 --devices 2", "--limit", "at least 2"),
+    ("-m ResNet -d 1 -b 1", "--batch-size", "at least 2"),
+    ("-m ResNet -d 8 --limit 1", "--limit", "at least 2"),
+    ("-m ResNet -d 8 --limit 3 --devices 2", "--devices", "at least 4"),
+    ("-m ResNet -d 1 --tta", "--tta", "2 × 2"),
+    ("--tta", "--tta", "2 × 2"),
+    ("--layers hiden3", "--layers", "perhaps hidden3"),
+]
+
+
+@pytest.mark.parametrize(("line", "names", "allows"), TOO_FEW, ids=[case[0] for case in TOO_FEW])
+def test_what_cannot_be_trained_is_refused_in_a_sentence_before_there_is_a_folder(
+    line, names, allows, pictures, capsys, monkeypatch
+):
+    monkeypatch.chdir(pictures)
+    argv = [*TINY, "--no-dib", "--accelerator", "cpu", "--log-dir", "logs", *line.split()]
+    try:
+        ended = main.main(argv)
+    except SystemExit as end:
+        ended = end.code
+    text = capsys.readouterr().err
+    assert ended == 2 and names in text and allows in text and text.startswith("main.py: ") and text.count("\n") == 1
+    assert not Path("logs").exists()
+
+
+ENOUGH = [
+    ("{}", 1), ("{} --batch-norm", 2), ("{} -b 1", 3), ("-d 8 {}", 1), ("-d 1 {} --batch-norm", 2),
+    ("-m MNISTNet -d 12 {}", 1), ("-m CIFARNet -d 25 {}", 1), ("-m CIFARNet -d 25 {} -b 1", 3),
+    ("-m ResNet -d 8 {}", 2), ("-m ResNet -d 12 {} -b 1", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "limit"), ENOUGH)
+def test_the_fewest_samples_that_are_not_refused_train_and_are_measured(
+    line, limit, pictures, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(pictures)
+    line = line.format(f"--limit {limit}").split()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NC1 is not defined for one class
+        ended = main.main([*TINY, "-e", "1", "--no-dib", "--log-dir", str(tmp_path / "logs"), *line])
+    assert ended == 0, capsys.readouterr().err
+
+
+def test_more_processes_than_cpus_can_serve_are_refused_where_there_is_no_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    num = flags.PROCESSES_PER_CPU * os.cpu_count() + 1
+    assert main.main([*TINY, "--devices", str(num), "-b", "100000"]) == 2
+    assert f"--devices: {num} processes are too many" in told(capsys)
+    assert not LOGS.exists()
 
 
 EXTREME = {
