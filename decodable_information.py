@@ -1,9 +1,9 @@
 """Decodable information (DIB): how much of a sample's identity the decoder after a layer can still read from it.
 
-Within every class the samples are enumerated and the index is written in base C; each digit is a new label of the
-sample. For every layer, one fresh copy of the network's decoder per digit (a head) learns that label from the frozen
-layer's activations. What the heads learn beyond the digits' frequencies is the layer's minimality, in nats. How they
-are trained stands in `heads.py`.
+Within every class the samples are numbered at random and the number is written in base C; each digit is a new label
+of the sample. For every layer, one fresh copy of the network's decoder per digit (a head) learns that label from the
+frozen layer's activations. What the heads learn beyond what the class alone tells of the digits is the layer's
+minimality, in nats. How they are trained stands in `heads.py`.
 
 Letters: N samples, B batch, C classes, K digits (N_D in the paper), E head epochs, A heads that are trained together.
 """
@@ -21,12 +21,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets import decodable_labels, digit_entropies
+from datasets import conditional_entropies, decodable_labels, digit_entropies
 from errors import UserError
 from heads import ENGINES, Budget, Family, Head, Samples, bundles, fastest, groups, own_copy, parts, train
 from measures import Measure, untouched
 from ranks import ALONE, Ranks
 from run_folder import EpochTable, save_whole
+from seeds import seed_from
 
 COLUMNS = ("epoch", "layer", "digit", "head_epoch", "cross_entropy")
 RARE = 1e-12  # frequency given to a value that a digit never takes: its logarithm must be finite
@@ -41,7 +42,8 @@ class DIB:
     asked for, on the first rank.
     """
 
-    digit_entropies: Tensor  # H(Y_k), float64 (K,)
+    digit_entropies: Tensor  # H(Y_k), float64 (K,): what a head leaves that ignores its layer
+    conditional_entropies: Tensor  # H(Y_k | Y), float64 (K,): what a head leaves that knows the class and no more
     curves: dict[str, Tensor]
     states: dict[Head, dict[str, Tensor]]
 
@@ -52,8 +54,8 @@ class DIB:
 
     @property
     def minimality(self) -> dict[str, float]:
-        """minimality(l) = (1/K) Σ_k (H(Y_k) − CE_k): 0 where nothing is read, low is minimal."""
-        entropy = self.digit_entropies.mean().item()
+        """minimality(l) = (1/K) Σ_k (H(Y_k | Y) − CE_k): 0 where only the class is read, low is minimal."""
+        entropy = self.conditional_entropies.mean().item()
         return {layer: entropy - loss for layer, loss in self.loss.items()}
 
 
@@ -84,13 +86,18 @@ def decodable_information(
     For layer l the encoder E = blocks up to l is frozen (eval mode, no gradient). Head k is a reset copy of the
     decoder D = blocks after l, trained on digit k; CE_k is its cross-entropy over all samples, in eval mode.
 
-        loss(l) = (1/K) Σ_k CE_k        minimality(l) = (1/K) Σ_k (H(Y_k) − CE_k)
+        loss(l) = (1/K) Σ_k CE_k        minimality(l) = (1/K) Σ_k (H(Y_k | Y) − CE_k)
 
-    with H(Y_k) the empirical entropy, all in nats. A reset head's last bias starts at log p(Y_k), so that a
-    layer that carries nothing reads 0; where the last map has no bias, log p(Y_k) is added to the logits for
-    good. The rate falls exponentially to 1/100. Minibatches depend on seed, epoch and head epoch alone, a
-    head's random numbers on seed, epoch, layer and digit alone: which other heads are trained changes no
-    number. Nothing outside is touched.
+    with H(Y_k | Y) the empirical entropy that the class leaves, all in nats: `conditional_entropies` has an example.
+    0 is a layer that tells the class alone. One that tells nothing, not even that, reads −I(Y; Y_k), which is 0
+    for classes of equal size. A reset head's last bias starts at log p(Y_k), what there is to know without a layer;
+    where the last map has no bias, log p(Y_k) is added to the logits for good. The rate falls exponentially to 1/100.
+    The samples' numbers depend on the seed alone, minibatches on seed, epoch and head epoch alone, a head's random
+    numbers on seed, epoch, layer and digit alone: which other heads are trained changes no number. Nothing outside
+    is touched.
+
+    Deviation from the paper's Algorithm 1: the samples of a class are numbered in a random order. Files have
+    neighbours that resemble each other, and heads would read a sample's place in the file.
 
     Args:
         network: has `layers`, `feature_extractor(x)`, `get_encoder_decoder(layer)` and, if its modules' own
@@ -111,7 +118,8 @@ def decodable_information(
     budget = Budget(epochs, learning_rate, batch_size, optimizer, init, seed, epoch)
     layers = tuple(network.layers if layers is None else layers)
     device = next(network.parameters()).device
-    digits = decodable_labels(labels.to(device), num_classes)  # (N, K)
+    labels = labels.to(device)
+    digits = numbered_at_random(labels, num_classes, seed)  # (N, K)
     num_digits = digits.shape[1]
     if num_digits == 0:
         raise UserError("No class has two samples, so DIB has no index to decode; take more samples.")
@@ -140,7 +148,18 @@ def decodable_information(
     warn_of_diverged(curves, wanted)
     if keep_states:
         states = {head: state for of_rank in ranks.gathered(states) for head, state in of_rank.items()}
-    return DIB(digit_entropies(digits, num_classes).cpu(), curves, states)
+    entropies = digit_entropies(digits, num_classes), conditional_entropies(digits, labels, num_classes)
+    return DIB(*(entropy.cpu() for entropy in entropies), curves, states)
+
+
+def numbered_at_random(labels: Tensor, num_classes: int, seed: int) -> Tensor:
+    """The decodable labels (N, K) of samples that are numbered within their class in an order of the seed's."""
+    generator = torch.Generator().manual_seed(seed_from("dib numbers", seed))
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    in_order = decodable_labels(labels[order], num_classes)
+    digits = torch.empty_like(in_order)
+    digits[order] = in_order
+    return digits
 
 
 def sufficiency(cross_entropy: float, labels: Tensor, num_classes: int) -> float:
