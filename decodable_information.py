@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from datasets import conditional_entropies, decodable_labels, digit_entropies
 from errors import UserError
-from heads import ENGINES, Budget, Family, Head, Samples, bundles, fastest, groups, own_copy, parts, train
+from heads import ENGINES, Budget, Family, Head, Samples, bundles, fastest, groups, head_epochs, own_copy, parts, train
 from measures import Measure, untouched
 from ranks import ALONE, Ranks
 from run_folder import EpochTable, save_whole
@@ -67,7 +67,8 @@ def decodable_information(
     *,
     layers: Sequence[str] | None = None,
     heads: Iterable[Head] | None = None,
-    epochs: int,
+    epochs: int | None = None,
+    steps: int | None = None,
     learning_rate: float,
     batch_size: int,
     optimizer: str = "adam",
@@ -104,6 +105,7 @@ def decodable_information(
             `reset_parameters()` are not how it starts, `reset(module)`.
         inputs: gives the samples for a LongTensor of indices: a tensor, or `datasets.Batches`.
         heads: the (layer, digit) pairs to train (default all).
+        epochs: of the heads over the samples; or else `steps`, which are rounded up to whole epochs.
         init: "copy" starts from the network's own decoder as it is, last bias and statistics included.
         epoch: the network's; every one draws its own heads and minibatches.
         cache_bytes: for activations (default: a quarter of the free memory). Layers that do not fit are
@@ -115,14 +117,14 @@ def decodable_information(
         progress: is told (steps done, steps in all) after every training step.
         ranks: the processes that share the heads out. All need all inputs, and get all values.
     """
+    num_digits, epochs = digits_and_epochs(labels, num_classes, batch_size, epochs, steps)
+    if num_digits == 0:
+        raise UserError("No class has two samples, so DIB has no index to decode; take more samples.")
     budget = Budget(epochs, learning_rate, batch_size, optimizer, init, seed, epoch)
     layers = tuple(network.layers if layers is None else layers)
     device = next(network.parameters()).device
     labels = labels.to(device)
     digits = numbered_at_random(labels, num_classes, seed)  # (N, K)
-    num_digits = digits.shape[1]
-    if num_digits == 0:
-        raise UserError("No class has two samples, so DIB has no index to decode; take more samples.")
     wanted = {(layer, k) for layer in layers for k in range(num_digits)} if heads is None else set(heads)
     curves = {layer: torch.zeros(epochs + 1, num_digits, dtype=torch.float64) for layer in layers}
     states: dict[Head, dict[str, Tensor]] = {}
@@ -160,6 +162,14 @@ def numbered_at_random(labels: Tensor, num_classes: int, seed: int) -> Tensor:
     digits = torch.empty_like(in_order)
     digits[order] = in_order
     return digits
+
+
+def digits_and_epochs(
+    labels: Tensor, num_classes: int, batch_size: int, epochs: int | None = None, steps: int | None = None
+) -> tuple[int, int]:
+    """How many heads a layer has, one per digit, and how many epochs they train. No digit: no class has two samples."""
+    num_digits = decodable_labels(labels, num_classes).shape[1]
+    return num_digits, head_epochs(len(labels), batch_size, epochs, steps)
 
 
 def sufficiency(cross_entropy: float, labels: Tensor, num_classes: int) -> float:
@@ -256,11 +266,13 @@ class DecodableInformation(Measure):
         """Say, before anything is trained, how much there will be to train."""
         if self.say and stage == "fit":
             layers = self.layers or pl_module.network.layers
-            digits = decodable_labels(trainer.datamodule.dataset.train.labels, pl_module.hparams.num_classes).shape[1]
+            labels = trainer.datamodule.dataset.train.labels
+            length = {name: self.budget.get(name) for name in ("batch_size", "epochs", "steps")}
+            digits, epochs = digits_and_epochs(labels, pl_module.hparams.num_classes, **length)
             times = "every epoch" if self.epochs is None else f"{len(self.epochs)} of {trainer.max_epochs + 1} epochs"
             self.say(
-                f"DIB      {len(layers)} layers × {digits} heads × {self.budget['epochs']} head epochs at {times}; "
-                "cheaper with --dib-layers, --dib-epochs, --measure-at, --no-dib"
+                f"DIB      {len(layers)} layers × {digits} heads × {epochs} head epochs at {times}; "
+                "cheaper with --dib-layers, --dib-steps, --measure-at, --no-dib"
             )
 
     def _tell_cost(self, seconds: float, epoch: int) -> None:

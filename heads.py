@@ -8,6 +8,7 @@ gradient by its size that is nothing else, as that of a bias before batch norm.
 Letters: N samples, B batch, C classes, K digits, d dimension of a layer, E head epochs, A heads trained together.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -103,6 +104,17 @@ def parts(num_samples: int, size: int) -> list[slice]:
     if stops and size > 1 and num_samples - stops[-1] == 1:
         stops.pop()
     return [slice(*bounds) for bounds in zip([0, *stops], [*stops, num_samples], strict=True)]
+
+
+def head_epochs(num_samples: int, batch_size: int, epochs: int | None = None, steps: int | None = None) -> int:
+    """The head epochs of a budget: as given, or the whole ones that come to at least so many steps."""
+    if (epochs is None) == (steps is None):
+        raise UserError("The DIB heads need epochs or steps to train for, one of the two.")
+    if steps is None:
+        return epochs
+    if steps < 1 or batch_size < 1:
+        raise UserError("The DIB heads need at least 1 step and a batch size above 0.")
+    return math.ceil(steps / len(parts(num_samples, batch_size)))
 
 
 class Samples:

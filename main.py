@@ -130,6 +130,7 @@ def train(args: Namespace) -> None:
     trainer = new_trainer(args)
     about = facts(trainer, module, data, layers)  # what the machine lacks is said while there is no folder
     data.refuse_few(trainer.world_size, in_step=1 if module.network.trains_on_one(data.dataset.shape) else 2)
+    about |= utils.dib_plan(args, data.dataset)  # and what the data lack
 
     us = ranks.assemble(trainer, vars(args))
     console = Console(quiet=args.quiet or not us.is_first)
@@ -178,7 +179,7 @@ def measure(args: Namespace) -> None:
     use_threads(vars(args), module)
     layers = utils.layers_to_measure(args, module.network.layers)
     trainer = new_trainer(args)
-    about = facts(trainer, module, data, layers) | {"measured": args.measure}
+    about = facts(trainer, module, data, layers) | utils.dib_plan(args, data.dataset) | {"measured": args.measure}
     data.refuse_few(trainer.world_size)
 
     us = ranks.assemble(trainer, vars(args))

@@ -3,22 +3,26 @@
 import doctest
 import math
 import random
+import warnings
 from collections import Counter
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import datasets
 import decodable_information as module
+import main
 from datasets import conditional_entropies, decodable_labels, digit_entropies
 from decodable_information import decodable_information, numbered_at_random, sufficiency
 from errors import UserError
-from heads import ENGINES, SGD, Adam, Budget, parts
+from heads import ENGINES, SGD, Adam, Budget, head_epochs, parts
 from networks import MLP, CIFARNet, MNISTNet, Network
 
 # float64 has an eps of 2e-16, but a bias before batch norm has rounding for a gradient, which Adam divides by 1e-8.
@@ -505,6 +509,29 @@ def test_activations_in_half_precision_are_trained_on_in_single_precision():
     assert_same_curves(result, full, rtol=2e-2, atol=0)  # bfloat16 has 8 bits
 
 
+def test_steps_become_the_whole_epochs_that_hold_them():
+    assert [head_epochs(100, 20, steps=steps) for steps in (1, 5, 6, 10, 11)] == [1, 1, 2, 2, 3]
+    assert head_epochs(10, 20, steps=7) == 7  # a small training set: one batch is an epoch
+    assert head_epochs(41, 20, steps=4) == 2  # the sample left over joins the last batch
+    network, x, labels = mlp(), *data()
+    by_steps, by_epochs = (
+        decodable_information(network, x, labels, 3, learning_rate=1e-2, batch_size=16, **length)
+        for length in ({"steps": 13}, {"epochs": 3})
+    )
+    assert_same_curves(by_steps, by_epochs)
+
+
+def test_a_training_set_of_any_size_gets_its_steps():
+    network, x, labels = mlp(), *data()
+    for num_samples in (20, 90):
+        told = []
+        decodable_information(
+            network, x[:num_samples], labels[:num_samples], 3, steps=12, learning_rate=1e-2, batch_size=16,
+            progress=lambda *counts, told=told: told.append(counts),
+        )  # fmt: skip
+        assert len(told) >= 12
+
+
 def test_user_errors_are_named():
     network, x, labels = mlp(), *data()
     with pytest.raises(UserError, match="no index to decode"):
@@ -513,6 +540,9 @@ def test_user_errors_are_named():
         decodable_information(network, x, labels, 3, **BUDGET, optimizer="newton")
     with pytest.raises(UserError, match="reset, copy"):
         decodable_information(network, x, labels, 3, **BUDGET, init="keep")
+    for length in ({}, {"epochs": 3, "steps": 10}):
+        with pytest.raises(UserError, match="one of the two"):
+            decodable_information(network, x, labels, 3, learning_rate=1e-2, batch_size=16, **length)
     with pytest.raises(UserError, match="4 outputs per sample"):
         decodable_information(network, x, labels, 4, **BUDGET)
 
@@ -528,3 +558,52 @@ def test_sufficiency_is_what_the_network_reads_of_the_class():
     labels = torch.tensor([0, 0, 0, 1])
     entropy = -(3 / 4 * math.log(3 / 4) + 1 / 4 * math.log(1 / 4))
     assert sufficiency(0.1, labels, 3) == pytest.approx(entropy - 0.1)
+
+
+# In a run
+
+
+TINY = ["-w", "6", "4", "-e", "1", "--no-nc", "--no-plots", "--quiet", "--accelerator", "cpu"]
+
+
+def warnings_of(argv: list[str]) -> list[str]:
+    """What a run has to say against its DIB."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        assert main.main([*TINY, *argv]) == 0
+    return [str(warning.message) for warning in given if "DIB" in str(warning.message) or "dib" in str(warning.message)]
+
+
+def test_a_run_notes_how_many_heads_it_trained_and_how_long(in_an_empty_folder):
+    for argv, steps, epochs in ((["--dib-steps", "61"], 61, 31), (["--dib-epochs", "40"], None, 40)):
+        assert main.main([*TINY, "--limit", "200", *argv]) == 0
+        run = max(Path("lightning_logs").iterdir())
+        hparams = yaml.safe_load((run / "hparams.yaml").read_text())
+        assert hparams["dib_steps"] == steps
+        about = hparams["provenance"]
+        assert about["dib_head_epochs"] == epochs
+        last = (run / "dib.csv").read_text().splitlines()[-1].split(",")
+        assert last[2:4] == [str(about["dib_heads"] - 1), str(epochs)]
+
+
+@pytest.mark.parametrize("argv", [[], ["--measure", "run/checkpoints/last.ckpt"]])
+def test_too_few_samples_for_dib_are_told_before_a_folder_is_made(argv, in_an_empty_folder, capsys):
+    assert main.main([*TINY, "--no-dib", "--log-dir", ".", "--name", "run"]) == 0
+    assert main.main([*TINY, "--dib", "--limit", "1", "--log-dir", "logs", *argv]) == 2
+    told = capsys.readouterr().err
+    assert "--limit" in told and "--no-dib" in told and "1 training sample" in told and told.count("\n") == 1
+    assert not Path("logs").exists()
+    assert main.main([*TINY, "--no-dib", "--limit", "1", "--log-dir", "logs", *argv]) == 0
+
+
+def test_a_run_from_before_minimality_had_its_zero_is_told_where_the_columns_change(in_an_empty_folder):
+    argv = ["--dib-epochs", "30", "--name", "old", "--limit", "200"]
+    assert warnings_of(argv) == []
+    path = Path("lightning_logs/old/hparams.yaml")
+    hparams = yaml.safe_load(path.read_text())
+    del hparams["provenance"]["dib_head_epochs"]
+    path.write_text(yaml.safe_dump(hparams))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        assert main.main(["--resume", str(path.parent), "-e", "2", "--quiet"]) == 0
+    assert any("epoch 2" in str(w.message) and "something else" in str(w.message) for w in given)

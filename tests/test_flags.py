@@ -12,6 +12,7 @@ import datasets
 import flags
 import networks
 from flags import DEFAULTS, OF_ONE_CALL, PRESETS, epochs_to_measure, flags_of_run, get_args
+from heads import head_epochs
 
 MAIN = Path(__file__).parent.parent / "main.py"
 
@@ -64,6 +65,45 @@ def test_the_flags_of_a_run_are_a_config_that_repeats_it(line, tmp_path):
 )
 def test_epochs_to_measure(argv, expected):
     assert epochs_to_measure(get_args(argv)) == expected
+
+
+@pytest.mark.parametrize("model", [[], ["-m", "MNISTNet", "-d", "MNIST"], ["-m", "CIFARNet", "-d", "CIFAR10"]])
+def test_heads_train_for_steps_unless_epochs_are_asked_for(model):
+    args = get_args(model)
+    assert args.dib_steps >= 1 and args.dib_epochs is None
+    args = get_args([*model, "--dib-epochs", "3"])
+    assert args.dib_steps is None and args.dib_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("stored", "line", "steps", "epochs"),
+    [
+        ("dib_epochs: 7", "", None, 7),  # as every run before there were steps
+        ("dib_epochs: 7", "--dib-steps 50", 50, None),
+        ("dib_epochs: null\ndib_steps: 50", "", 50, None),
+        ("dib_epochs: null\ndib_steps: 50", "--dib-epochs 7", None, 7),
+        ("dib_epochs: 7\ndib_steps: null", "", None, 7),
+    ],
+)
+def test_of_steps_and_epochs_of_the_heads_the_last_word_counts(stored, line, steps, epochs, tmp_path):
+    (tmp_path / "run.yaml").write_text(stored)
+    args = get_args(["-c", str(tmp_path / "run.yaml"), *line.split()])
+    assert (args.dib_steps, args.dib_epochs) == (steps, epochs)
+
+
+def test_presets_train_the_heads_on_the_published_sets_for_these_epochs():
+    published = {
+        ("MLP", "SZT"): (3481, 10),
+        ("MLP", "MNIST"): (60_000, 15),
+        ("MLP", "FashionMNIST"): (60_000, 5),
+        ("MNISTNet", "MNIST"): (60_000, 2),
+        ("CIFARNet", "CIFAR10"): (50_000, 10),
+        ("ResNet", "CIFAR10"): (50_000, 2),
+        ("ConvNeXt", "CIFAR10"): (50_000, 2),
+    }
+    for (model, dataset), (num_samples, epochs) in published.items():
+        args = get_args(["-m", model, "-d", dataset])
+        assert head_epochs(num_samples, args.dib_batch_size, args.dib_epochs, args.dib_steps) == epochs
 
 
 WRONG = [
@@ -133,6 +173,9 @@ WRONG = [
     ("--measure-sets validation", "--measure-sets", "test"),
     ("--cache-gb -1", "--cache-gb", "at least 0"),
     ("--dib-epochs 0", "--dib-epochs", "at least 1"),
+    ("--dib-epochs 2000000000", "--dib-epochs", "at most"),
+    ("--dib-steps 0", "--dib-steps", "at least 1"),
+    ("--dib-steps 10 --dib-epochs 2", "--dib-epochs", "not allowed with argument --dib-steps"),
     ("--dib-lr 0", "--dib-lr", "above 0"),
     ("--dib-batch-size 1", "--dib-batch-size", "at least 2"),
     ("--dib-optimizer muon", "--dib-optimizer", "adam"),
@@ -237,6 +280,7 @@ BAD_CONFIGS = [
     ("widths: [10, null]", "--widths", "None"),
     ("1: 2", "1", "unknown key"),
     ("resume: x", "'resume'", "unknown key"),
+    ("dib_epochs: 2\ndib_steps: 10", "--dib-steps", "not allowed with argument --dib-epochs"),
 ]
 
 
@@ -274,6 +318,19 @@ def test_a_wrong_flag_is_answered_before_anything_heavy_is_imported():
     done = subprocess.run([sys.executable, "-X", "importtime", MAIN, "--wrong"], capture_output=True, text=True)
     assert done.returncode == 2 and time.perf_counter() - start < 30
     assert "lightning" not in done.stderr and "| torch" not in done.stderr and "numpy" not in done.stderr
+
+
+def test_a_resumed_run_keeps_its_budget_of_the_heads_however_it_was_given(tmp_path, capsys):
+    flags_then = flags_of_run(get_args([])) | {"dib_epochs": 7}
+    del flags_then["dib_steps"]  # a run from before there were steps
+    (tmp_path / "hparams.yaml").write_text(yaml.safe_dump(flags_then))
+    resume = ["--resume", str(tmp_path)]
+    args = get_args(resume)
+    assert (args.dib_steps, args.dib_epochs) == (None, 7)
+    assert get_args([*resume, "--dib-epochs", "7"]).dib_epochs == 7
+    with pytest.raises(SystemExit) as end:
+        get_args([*resume, "--dib-steps", str(DEFAULTS["dib_steps"])])
+    assert end.value.code == 2 and "keeps its dib_epochs=7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["-e 3 -lr 0.5", "-m MNISTNet", "-w 3"])

@@ -28,7 +28,7 @@ from ranks import Ranks, is_lost_rank, name_by_environment
 from run_folder import RunFolder
 
 LOGS = Path("lightning_logs")
-TINY = ["-w", "6", "5", "4", "--batch-norm", "--limit", "203", "-b", "64", "-e", "2", "--dib-epochs", "1", "--no-plots"]
+TINY = ["-w", "6", "5", "4", "--batch-norm", "--limit", "203", "-b", "64", "-e", "2", "--dib-epochs", "9", "--no-plots"]
 # Where numbers of two computations are compared: what a processor rounds in float32 grows to 1e-4 where Adam divides it
 # by its own size, as with a bias before batch norm, whose gradient is zero. In float64 it is far below Adam's eps.
 EXACT = ["--precision", "64-true"]
