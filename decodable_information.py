@@ -126,7 +126,7 @@ def decodable_information(
     labels = labels.to(device)
     digits = numbered_at_random(labels, num_classes, seed)  # (N, K)
     wanted = {(layer, k) for layer in layers for k in range(num_digits)} if heads is None else set(heads)
-    curves = {layer: torch.zeros(epochs + 1, num_digits, dtype=torch.float64) for layer in layers}
+    courses: dict[Head, Tensor] = {}
     states: dict[Head, dict[str, Tensor]] = {}
     with torch.inference_mode(False), untouched(network):
         samples = Samples(network, inputs, digits.T.contiguous())
@@ -140,13 +140,17 @@ def decodable_information(
             samples.keep([family.layer for group in bundle for family in group] if keep else [])
             stacks = [ENGINES[engine or fastest(group)](group, autocast) for group in bundle]
             losses = train(stacks, samples, budget, advance)  # (E + 1, A)
-            for i, (layer, digit) in enumerate(head for heads in stacks for head in heads.heads):
-                curves[layer][:, digit] = losses[:, i]
+            courses |= zip((head for heads in stacks for head in heads.heads), losses.T, strict=True)
             if keep_states:
                 states |= {head: state for heads in stacks for head, state in heads.states().items()}
-    curves = {layer: ranks.sum(curve) for layer, curve in curves.items()}  # zero where another rank trained
-    for layer, digit in {(layer, k) for layer in layers for k in range(num_digits)} - wanted:
-        curves[layer][:, digit] = torch.nan
+
+    def course(head: Head) -> Tensor:
+        """(E + 1,): nan for a head that nobody trains, zeros for one that another rank does."""
+        if head in courses:
+            return courses[head]
+        return torch.full((epochs + 1,), 0.0 if head in wanted else torch.nan, dtype=torch.float64)
+
+    curves = {layer: ranks.sum(torch.stack([course((layer, k)) for k in range(num_digits)], 1)) for layer in layers}
     warn_of_diverged(curves, wanted)
     if keep_states:
         states = {head: state for of_rank in ranks.gathered(states) for head, state in of_rank.items()}

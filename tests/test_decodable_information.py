@@ -3,6 +3,7 @@
 import doctest
 import math
 import random
+import tracemalloc
 import warnings
 from collections import Counter
 from copy import deepcopy
@@ -15,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
 import decodable_information as module
@@ -530,6 +532,41 @@ def test_a_training_set_of_any_size_gets_its_steps():
             progress=lambda *counts, told=told: told.append(counts),
         )  # fmt: skip
         assert len(told) >= 12
+
+
+class Largest(TorchDispatchMode):
+    """Sees how many elements the largest tensor has that anything makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """What torch does, looked at."""
+        made = function(*args, **(kwargs or {}))
+        for thing in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(thing, Tensor):
+                self.elements = max(self.elements, thing.numel())
+        return made
+
+
+def test_a_hundred_million_head_epochs_start_training_at_once_in_little_memory():
+    class Started(Exception):
+        """The tenth step is done."""
+
+    def stop_soon(done: int, total: int) -> None:
+        assert total == 6 * 10**8
+        if done == 10:
+            raise Started
+
+    network, x, labels = mlp(), *data()
+    tracemalloc.start()
+    try:
+        with Largest() as largest, pytest.raises(Started):
+            decodable_information(network, x, labels, 3, **BUDGET | {"epochs": 10**8}, progress=stop_soon)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert largest.elements < 10**5  # 12 heads' weights and 90 samples' activations are some thousands
+    assert peak < 10**8  # bytes that Python allocated: a list of the head epochs would be 8 · 10⁸
 
 
 def test_user_errors_are_named():
