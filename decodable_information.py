@@ -58,6 +58,12 @@ class DIB:
         entropy = self.conditional_entropies.mean().item()
         return {layer: entropy - loss for layer, loss in self.loss.items()}
 
+    @property
+    def excess(self) -> dict[str, float]:
+        """(1/K) Σ_k (CE_k − H(Y_k)): above 0 the heads do worse than those that ignore their layer."""
+        entropy = self.digit_entropies.mean().item()
+        return {layer: loss - entropy for layer, loss in self.loss.items()}
+
 
 def decodable_information(
     network: nn.Module,
@@ -254,11 +260,13 @@ class DecodableInformation(Measure):
     ) -> None:
         super().__init__(**options)
         self.budget, self.table, self.states, self.say = dict(budget), table, states, say
+        self._is_warned = False
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """Train this epoch's heads."""
         start = time.perf_counter()
         dib = self._heads(trainer, pl_module, epoch)
+        self._warn_of_unfinished(dib, len(self.batches(trainer, "train").labels), pl_module.hparams.num_classes, epoch)
         if trainer.is_global_zero:
             self._write(dib, epoch)
             self._tell_cost(time.perf_counter() - start, epoch)
@@ -277,6 +285,23 @@ class DecodableInformation(Measure):
             self.say(
                 f"DIB      {len(layers)} layers × {digits} heads × {epochs} head epochs at {times}; "
                 "cheaper with --dib-layers, --dib-steps, --measure-at, --no-dib"
+            )
+
+    def _warn_of_unfinished(self, dib: DIB, num_samples: int, num_classes: int, epoch: int) -> None:
+        """Once a run: which heads had too little training, as they do worse than heads that ignore their layer.
+
+        Behind a layer that tells nothing, heads end within (C − 1) / 2N nats of the entropy: that much frequencies
+        miss that were counted on N other samples, and settled heads saw N samples several times.
+        """
+        noise = (num_classes - 1) / (2 * num_samples)
+        unfinished = {layer: excess for layer, excess in dib.excess.items() if excess > noise}
+        if unfinished and not self._is_warned:
+            self._is_warned = True
+            warnings.warn(
+                f"DIB heads trained too short at epoch {epoch}: those of {', '.join(unfinished)} end up to "
+                f"{max(unfinished.values()):.2g} nats above the entropy of their labels, more than if they ignored "
+                "the layer. Raise --dib-steps (or --dib-epochs), or lower --dib-batch-size.",
+                stacklevel=2,
             )
 
     def _tell_cost(self, seconds: float, epoch: int) -> None:

@@ -623,6 +623,17 @@ def test_a_run_notes_how_many_heads_it_trained_and_how_long(in_an_empty_folder):
         assert last[2:4] == [str(about["dib_heads"] - 1), str(epochs)]
 
 
+def test_heads_that_trained_too_short_are_told_once_with_their_layers(in_an_empty_folder):
+    (told,) = warnings_of(["--dib-steps", "1", "--dib-lr", "1e-6", "-e", "2"])  # as reset: worse than no layer
+    assert "too short" in told and "hidden1, hidden2" in told and "--dib-steps" in told
+
+
+def test_heads_of_layers_that_tell_nothing_are_not_told_to_train_longer(in_an_empty_folder, monkeypatch):
+    forward = torch.tanh
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: forward(0 * x))
+    assert warnings_of(["-lr", "1e-9"]) == []
+
+
 @pytest.mark.parametrize("argv", [[], ["--measure", "run/checkpoints/last.ckpt"]])
 def test_too_few_samples_for_dib_are_told_before_a_folder_is_made(argv, in_an_empty_folder, capsys):
     assert main.main([*TINY, "--no-dib", "--log-dir", ".", "--name", "run"]) == 0
