@@ -40,7 +40,7 @@ from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity
 
-from errors import UserError, WrongFlag
+from run.errors import UserError, WrongFlag
 
 # The icosahedron of SZT: row v lists the neighbours of vertex v. Vertices at distance three are opposite.
 NEIGHBOURS = [

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from errors import UserError
+from run.errors import UserError
 from runs import SPLITS, Band, Run, Setting, compare, load, number
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, which is done once there is something to draw

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from errors import UserError
+from run.errors import UserError
 
 if TYPE_CHECKING:  # pandas takes half a second to import, which is done once there is something to read
     from pandas import DataFrame

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets import Batches, decodable_labels, load
-from decodable_information import decodable_information
-from flags import preset
-from heads import ENGINES, Budget, Family, fastest, own_copy, vmappable
+from measures.decodable_information import decodable_information
+from measures.heads import ENGINES, Budget, Family, fastest, own_copy, vmappable
 from networks import MLP, NETWORKS, Network
+from run.presets import preset
 
 # model → shape, samples, classes: all samples are of one class, so that it takes four digits to number them
 CASES = {

@@ -23,11 +23,12 @@ from training_loop import Case, bare_loop, fitted, with_run
 
 import datasets
 import utils
-from console import Console
 from datasets import Data
 from flags import get_args
 from networks import Network
-from run_folder import RunFolder, RunRecord
+from run.console import Console
+from run.record import RunRecord
+from run.run_folder import RunFolder
 
 PUBLISHED = {  # dataset → shape, training and test samples, a folder that is there where the data are
     "CIFAR10": ((3, 32, 32), 50_000, 10_000, "cifar-10-batches-py"),

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from decodable_information import decodable_information
-from measures import MAX_ONE_HOT_CLASSES, add_to_classes, class_members, pieces
+from measures.decodable_information import decodable_information
+from measures.means import MAX_ONE_HOT_CLASSES, add_to_classes, class_members, pieces
+from measures.neural_collapse import nc1_of_labelings
 from networks import Network, build_network, dimensions
-from neural_collapse import nc1_of_labelings
 
 BATCH = 256
 CONSTANTS_WIDTH = 2**16  # dimensions where the constants are measured: larger than caches

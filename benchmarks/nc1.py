@@ -18,8 +18,8 @@ from common import ROOT, Row, Times, arguments, in_fresh_process, made_up, repor
 from torch import Tensor
 
 from datasets import Batches, load
+from measures.neural_collapse import nc1_of_labelings
 from networks import build_network
-from neural_collapse import nc1_of_labelings
 
 Batched = list[tuple[Tensor, Tensor]]
 

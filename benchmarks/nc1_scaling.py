@@ -17,7 +17,7 @@ from common import ROOT, Row, arguments, report, side_by_side
 from nc1 import peak
 from torch import Tensor
 
-from neural_collapse import neural_collapse
+from measures.neural_collapse import neural_collapse
 
 SAMPLES, LAYERS, DIMENSION, BATCH_SIZE = 500, 1, 512, 500  # from here each is doubled alone
 FACTORS = [2**i for i in range(8)]

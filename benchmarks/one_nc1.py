@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from neural_collapse import neural_collapse
+from measures.neural_collapse import neural_collapse
 
 NUM_CLASSES = 10
 

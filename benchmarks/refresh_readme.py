@@ -8,7 +8,7 @@ import re
 
 from common import RESULTS, ROOT, markdown
 
-from run_folder import write_whole
+from run.files import write_whole
 
 README = ROOT / "benchmarks" / "README.md"
 

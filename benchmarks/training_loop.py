@@ -26,11 +26,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import datasets
 import main as program
-from console import Console
+from classifier import LOOKAHEAD_STEPS, Classifier, logits_over_views
 from datasets import Batches, Data
-from flags import flags_of_run, get_args
-from networks import LOOKAHEAD_STEPS, Classifier, evaluating, logits_over_views
-from run_folder import RunFolder, RunRecord
+from flags import get_args
+from networks import evaluating
+from run.console import Console
+from run.presets import flags_of_run
+from run.record import RunRecord
+from run.run_folder import RunFolder
 
 
 def main() -> None:

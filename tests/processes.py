@@ -118,9 +118,9 @@ def _signal_itself(number: int) -> None:
 def press_often() -> None:
     """Ctrl-C three times in training, and again and again while the run ends."""
     for name, number in (
-        ("networks:Classifier.training_step", 20),
-        ("console:Console.teardown", 1),
-        ("run_folder:RunFolder.__exit__", 1),
+        ("classifier:Classifier.training_step", 20),
+        ("run.console:Console.teardown", 1),
+        ("run.run_folder:RunFolder.__exit__", 1),
         ("main:ended", 1),
     ):
         at_call(name, number, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(3)])
@@ -128,7 +128,7 @@ def press_often() -> None:
 
 def interrupt_in_a_destructor() -> None:
     """Ctrl-C where Python loses what is raised."""
-    at_call("networks:Classifier.training_step", 20, lambda: Unlucky() and None)
+    at_call("classifier:Classifier.training_step", 20, lambda: Unlucky() and None)
 
 
 class Unlucky:

@@ -30,7 +30,7 @@ from PIL import Image
 
 import datasets
 from datasets import Batches, Dataset, Split, decodable_labels, digit_entropies, load, szt
-from errors import UserError
+from run.errors import UserError
 
 MNIST_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
-import decodable_information as module
 import main
 from datasets import conditional_entropies, decodable_labels, digit_entropies
-from decodable_information import decodable_information, numbered_at_random, sufficiency
-from errors import UserError
-from heads import ENGINES, SGD, Adam, Budget, head_epochs, parts
+from measures import decodable_information as module
+from measures.decodable_information import decodable_information, numbered_at_random, sufficiency
+from measures.heads import ENGINES, SGD, Adam, Budget, head_epochs, parts
 from networks import MLP, CIFARNet, MNISTNet, Network
+from run.errors import UserError
 
 # float64 has an eps of 2e-16, but a bias before batch norm has rounding for a gradient, which Adam divides by 1e-8.
 ROUNDING = {"rtol": 1e-7, "atol": 1e-8}

@@ -11,8 +11,10 @@ import yaml
 import datasets
 import flags
 import networks
-from flags import DEFAULTS, OF_ONE_CALL, PRESETS, epochs_to_measure, flags_of_run, get_args
-from heads import head_epochs
+from flags import OF_ONE_CALL, get_args
+from measures.heads import head_epochs
+from run.epochs import epochs_to_measure
+from run.presets import DEFAULTS, PRESETS, flags_of_run
 
 MAIN = Path(__file__).parent.parent / "main.py"
 

@@ -10,8 +10,8 @@ import pytest
 from processes import ROOT
 
 import networks
-from errors import UserError
-from flags import IMAGE_MODELS, MODELS
+from run.errors import UserError
+from run.presets import IMAGE_MODELS, MODELS
 
 SHORT = ["-e", "1", "--dib-epochs", "1", "--no-plots"]
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from errors import UserError
-from lr_range_test import STEPS, chosen_rate, diverged, smoothed
+from run.errors import UserError
+from run.lr_range_test import STEPS, chosen_rate, diverged, smoothed
 
 
 def rates(low=1e-6, high=10.0):

@@ -16,7 +16,8 @@ from PIL import Image
 
 import datasets
 import main
-from networks import MLP, Classifier
+from classifier import Classifier
+from networks import MLP
 
 MAIN = Path(__file__).parent.parent / "main.py"
 SHORT = ["-e", "2", "--dib-epochs", "1", "--no-plots"]

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torchvision.models import convnext_tiny, resnet18
 
 import networks
-from errors import UserError
 from networks import MLP, NETWORKS, CIFARNet, ConvNeXt, MNISTNet, ResNet
+from run.errors import UserError
 
 # ConvNeXt is the slow one: a quarter of the pixels shows the same.
 SHAPES = {

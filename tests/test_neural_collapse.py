@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from two_ranks import on_two_ranks
 
 import datasets
-import neural_collapse as module
-from errors import UserError
+from classifier import Classifier
 from main import main
-from networks import Classifier
-from neural_collapse import equiseparation, nc1_of_labelings, neural_collapse, permuted
+from measures import neural_collapse as module
+from measures.neural_collapse import equiseparation, nc1_of_labelings, neural_collapse, permuted
+from run.errors import UserError
 
 PINV_CUT = 1e-12  # relative to λ_max: between the rounding errors of zero eigenvalues and the smallest real ones
 
@@ -352,7 +352,7 @@ def test_two_ranks_with_unequal_shares_find_what_one_finds_and_reduce_equally_of
 
 A_MILLION_DIMENSIONS = """
 import torch
-from neural_collapse import neural_collapse
+from measures.neural_collapse import neural_collapse
 torch.manual_seed(0)
 batches = [(torch.randn(8, 1, 1), torch.arange(8 * i, 8 * i + 8) % 10) for i in range(5)]
 wide = torch.randn(1, 10, 100_000)

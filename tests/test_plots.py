@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import LogNorm
 
-import neural_collapse
 import plots
-from errors import UserError
+from measures import neural_collapse
+from run.errors import UserError
 from runs import MAX_SETTINGS, Run, compare
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.

@@ -8,9 +8,9 @@ import pytest
 import torch
 from two_ranks import on_two_ranks
 
-import rank as module
-from errors import UserError
-from rank import rank
+from measures import rank as module
+from measures.rank import rank
+from run.errors import UserError
 
 SQUARED = 1e-9  # float64 sums of products; σ² of 1e-6 and more relative to σ_1² keep six digits beyond these nine
 

@@ -20,12 +20,12 @@ from processes import ROOT, Run, assert_same_run, at_call, finish, signal_at
 from torch import nn
 
 from datasets import Batches, Dataset, Split
-from decodable_information import decodable_information, shared_out
+from measures.decodable_information import decodable_information, shared_out
+from measures.neural_collapse import neural_collapse
+from measures.rank import rank
 from networks import build_network
-from neural_collapse import neural_collapse
-from rank import rank
-from ranks import Ranks, is_lost_rank, name_by_environment
-from run_folder import RunFolder
+from run.ranks import Ranks, is_lost_rank, name_by_environment
+from run.run_folder import RunFolder
 
 LOGS = Path("lightning_logs")
 TINY = ["-w", "6", "5", "4", "--batch-norm", "--limit", "203", "-b", "64", "-e", "2", "--dib-epochs", "9", "--no-plots"]
@@ -138,7 +138,7 @@ def test_three_and_more_processes_killed_and_resumed_end_on_the_same_bytes(num, 
     argv = [*TINY, "-e", "3", "--no-dib", "--quiet"]
     statuses, text = run_tasks([*argv, "--name", "whole"], tmp_path, num=num, nodes=nodes)
     assert set(statuses) == {0}, text
-    killed = partial(signal_at, "networks:Classifier.training_step", 6, signal.SIGKILL)  # in epoch 2
+    killed = partial(signal_at, "classifier:Classifier.training_step", 6, signal.SIGKILL)  # in epoch 2
     statuses, text = run_tasks([*argv, "--name", "cut"], tmp_path, num=num, nodes=nodes, meddle=killed)
     assert 0 not in statuses, text
     statuses, text = run_tasks(["--resume", "lightning_logs/cut"], tmp_path, num=num, nodes=nodes)
@@ -220,7 +220,7 @@ def test_ranks_with_different_numbers_of_batches_find_what_one_process_finds():
 
 def note_threads():
     """Leave the number of threads that training has in a file."""
-    at_call("networks:Classifier.training_step", 1, lambda: Path("threads").write_text(str(torch.get_num_threads())))
+    at_call("classifier:Classifier.training_step", 1, lambda: Path("threads").write_text(str(torch.get_num_threads())))
 
 
 @pytest.mark.parametrize(("asked", "said"), [(["--threads", "2"], "2 threads"), ([], "1 thread")])
@@ -273,7 +273,7 @@ def test_tasks_of_a_job_make_one_folder_and_go_on_in_it_after_their_requeue(tmp_
     argv = [*TINY, "-e", "6"]
     statuses, text = run_tasks([*argv, "--name", "whole"], tmp_path)
     assert statuses == [0, 0] and text.count("results in") == 1, text
-    meddle = partial(signal_at, "networks:Classifier.training_step", 14, signal.SIGUSR1)  # epoch 4, on both
+    meddle = partial(signal_at, "classifier:Classifier.training_step", 14, signal.SIGUSR1)  # epoch 4, on both
     statuses, text = run_tasks([*argv], tmp_path, env=env, meddle=meddle)
     assert statuses == [138, 138]
     assert Path("asked").read_text() == "requeue 77\n" and text.count("ended by SIGUSR1") == 1

@@ -39,15 +39,17 @@ from processes import (
 )
 
 import flags
-import heads
 import main
-import neural_collapse
-import slurm
 import utils
-from errors import Interrupted, UserError, WrongFlag, is_out_of_memory
-from flags import epochs_to_measure, get_args, why_of_one_length
-from networks import Classifier
-from run_folder import EpochTable, RunFolder, RunRecord, read_checkpoint
+from classifier import Classifier
+from flags import get_args
+from measures import heads, neural_collapse
+from run import slurm
+from run.checkpoints import read_checkpoint
+from run.epochs import epochs_to_measure, why_of_one_length
+from run.errors import Interrupted, UserError, WrongFlag, is_out_of_memory
+from run.record import EpochTable, RunRecord
+from run.run_folder import RunFolder
 
 LOGS = Path("lightning_logs")
 TINY = ["-e", "2", "--dib-epochs", "1", "--no-plots", "--quiet"]
@@ -117,17 +119,17 @@ def test_a_run_in_float64_killed_and_resumed_equals_one_never_interrupted(tmp_pa
     """Its weights would not be the same after a detour through float32."""
     line = [*TINY, *EXACT, "-e", "3", "--no-dib"]
     assert finish([*line, "--name", "whole"], tmp_path)[0] == 0
-    meddle = partial(signal_at, "networks:Classifier.training_step", 20, signal.SIGKILL)  # in epoch 2
+    meddle = partial(signal_at, "classifier:Classifier.training_step", 20, signal.SIGKILL)  # in epoch 2
     assert finish([*line, "--name", "cut"], tmp_path, meddle=meddle)[0] == -signal.SIGKILL
     assert finish(["--resume", "lightning_logs/cut"], tmp_path)[0] == 0
     assert_same_run(LOGS / "cut", LOGS / "whole")
 
 
 WRITING = [
-    ("run_folder:os.fsync", 3, False),  # the second row of metrics.csv or dib.csv: not yet on the disk
-    ("run_folder:os.replace", 5, False),  # on the disk, but not in its place
-    ("run_folder:os.replace", 6, True),  # in its place, and nothing after it
-    ("run_folder:torch.save", 3, True),
+    ("run.files:os.fsync", 3, False),  # the second row of metrics.csv or dib.csv: not yet on the disk
+    ("run.files:os.replace", 5, False),  # on the disk, but not in its place
+    ("run.files:os.replace", 6, True),  # in its place, and nothing after it
+    ("run.checkpoints:torch.save", 3, True),
 ]
 
 
@@ -155,12 +157,12 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_start(finished, tmp_pa
 
 PHASES = {
     "data": ("main:load_data", 1),
-    "range test": ("lr_range_test:RisingRate.on_train_batch_end", 40),
-    "training": ("networks:Classifier.training_step", 20),
-    "NC1": ("neural_collapse:projected_variation", 3),
-    "DIB": ("heads:Heads.step", 30),
-    "checkpoint": ("run_folder:torch.save", 3),
-    "table": ("run_folder:os.fsync", 6),
+    "range test": ("run.lr_range_test:RisingRate.on_train_batch_end", 40),
+    "training": ("classifier:Classifier.training_step", 20),
+    "NC1": ("measures.neural_collapse:projected_variation", 3),
+    "DIB": ("measures.heads:Heads.step", 30),
+    "checkpoint": ("run.checkpoints:torch.save", 3),
+    "table": ("run.files:os.fsync", 6),
 }
 
 
@@ -541,7 +543,7 @@ def test_a_run_that_goes_on_to_more_epochs_equals_one_of_that_length(network, tm
 def test_a_run_that_is_told_to_stop_where_it_was_cut_is_one_of_that_length(tmp_path):
     line = [*TINY, *CONSTANT]
     assert finish([*line, "--name", "whole"], tmp_path)[0] == 0
-    meddle = partial(signal_at, "run_folder:RunRecord.on_train_epoch_start", 3, signal.SIGKILL)
+    meddle = partial(signal_at, "run.record:RunRecord.on_train_epoch_start", 3, signal.SIGKILL)
     assert finish([*line, "-e", "9", "--name", "run"], tmp_path, meddle=meddle)[0] == -signal.SIGKILL
     assert finish(["--resume", "lightning_logs/run", "-e", "2"], tmp_path)[0] == 0
     assert_same_run(LOGS / "run", LOGS / "whole")
@@ -652,7 +654,7 @@ def test_a_job_does_not_go_on_with_its_measurement(monkeypatch):
 
 def test_a_named_run_killed_before_it_began_can_be_started_again(tmp_path):
     line = [*TINY, "--no-dib", "--name", "run"]
-    meddle = partial(signal_at, "run_folder:os.replace", 1, signal.SIGKILL)
+    meddle = partial(signal_at, "run.files:os.replace", 1, signal.SIGKILL)
     assert finish(line, tmp_path, meddle=meddle)[0] == -signal.SIGKILL
     assert (LOGS / "run").exists() and not (LOGS / "run/hparams.yaml").exists()
     status, text = finish(line, tmp_path)

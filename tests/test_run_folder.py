@@ -11,9 +11,13 @@ import pytest
 import torch
 from processes import ROOT
 
-import run_folder
-from errors import UserError
-from run_folder import EpochTable, RunFolder, provenance, read_checkpoint, write_whole
+from run import run_folder
+from run.checkpoints import read_checkpoint
+from run.errors import UserError
+from run.files import write_whole
+from run.provenance import provenance
+from run.record import EpochTable
+from run.run_folder import RunFolder
 
 
 def test_new_folders_count_up_and_leave_gaps_alone(tmp_path):

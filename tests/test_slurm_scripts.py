@@ -15,9 +15,10 @@ from processes import finish
 from stand_ins import ROOT, StandIns, tool
 
 import main
-import slurm
-from errors import UserError
-from flags import PRESETS, get_args
+from flags import get_args
+from run import slurm
+from run.errors import UserError
+from run.presets import PRESETS
 
 SCRIPTS = ["array.sh", "container.sh", "run.sh"]
 FLAGS = ["-m", "ResNet", "-d", "CIFAR10", "--log-dir", "a b/*"]

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-import sweep
 from flags import get_args
 from main import main
+from run import sweep
+from run.slurm import port_of_run
+from run.sweep import command
+from run.tables import seeds_table
 from runs import compare, load
-from slurm import port_of_run
-from sweep import command
-from tables import seeds_table
 
 LOGS = Path("lightning_logs")
 STAND_IN = """
@@ -118,7 +118,7 @@ def test_the_command_of_a_seed_means_that_seed_and_a_name_of_its_own():
 
 def test_means_and_deviations_by_hand():
     lines = seeds_table([0, 1, 2], [{"epoch": "1", "a": text, "b": "nan"} for text in ("1", "2", "6")]).splitlines()
-    assert lines[0].split() == ["3", "seeds:", "0", "1", "2", "mean", "±", "std", "lowest", "highest"]
+    assert lines[0].split() == ["3", "run.seeds:", "0", "1", "2", "mean", "±", "std", "lowest", "highest"]
     assert lines[1].split() == ["a", "3", "2.646", "1", "6"]  # sqrt((4 + 1 + 9) / 2)
     assert lines[2].split() == ["b", *"––––"]
 

@@ -1,6 +1,6 @@
 """The closing table: what a person reads at a run's end."""
 
-from tables import closing
+from run.tables import closing
 
 LAYERS = ["hidden1", "features.1.0"]
 

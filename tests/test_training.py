@@ -7,10 +7,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
+from classifier import LOOKAHEAD_STEPS, Classifier, logits_over_views, rate_factor
 from datasets import Data, Dataset, Split
-from errors import UserError
-from flags import flags_of_run, get_args
-from networks import LOOKAHEAD_STEPS, Classifier, logits_over_views, rate_factor
+from flags import get_args
+from run.errors import UserError
+from run.presets import flags_of_run
 
 
 def toy_images(num_train=90, num_test=31, size=28, channels=1, num_classes=3):

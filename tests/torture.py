@@ -114,7 +114,11 @@ def test_killed_around_every_write(whole):
             resumed.append(run)
         assert_same_run(run, folder / LOGS / "whole")
 
-    places = [("run_folder:os.fsync", False), ("run_folder:os.replace", False), ("run_folder:os.replace", True)]
+    places = [
+        ("run.files:os.fsync", False),
+        ("run.files:os.replace", False),
+        ("run.files:os.replace", True),
+    ]
     attempts = [partial(attempt, call, number, after) for call, after in places for number in range(1, 41)]
     count("runs, killed around a write or without that many, end identically", attempts)
     print(f"{len(resumed)} of them were killed and resumed")

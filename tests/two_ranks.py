@@ -2,7 +2,7 @@
 
 import threading
 
-from ranks import Ranks
+from run.ranks import Ranks
 
 
 class ThreadRanks(Ranks):

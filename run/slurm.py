@@ -14,7 +14,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-from errors import WrongFlag
+from run.errors import WrongFlag
 
 if TYPE_CHECKING:  # the program starts with this module and must be quick to listen to signals
     from collections.abc import Mapping, Sequence

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import measures
-from errors import UserError
-from measures import Activations, class_means, untouched
+from measures import passes
+from measures.passes import Activations, untouched
 
 
 def features(x):
@@ -130,20 +129,6 @@ def test_what_did_not_arrive_is_an_error_that_names_the_layer(broken, named):
         list(Activations(broken, batches_of(torch.randn(11, 3))))
 
 
-def test_free_memory_is_positive_and_at_most_what_the_machine_has():
-    free = measures.free_memory(torch.device("cpu"))
-    assert 0 < free < 2**50
-
-
-def test_the_limit_of_a_control_group_counts(tmp_path):
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
-    assert measures.group_free_memory(tmp_path) == 500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert measures.group_free_memory(tmp_path) == float("inf")
-
-
 def small_network():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
 
@@ -197,38 +182,9 @@ def test_compiled_networks_run_uncompiled_inside_untouched():
     assert compiled_calls
 
 
-def test_class_means_are_about_the_mean_of_all_samples_and_leave_absent_classes_out():
-    x, y = torch.tensor([[1.0, 0.0], [3.0, 0.0], [8.0, 3.0]]), torch.tensor([0, 0, 2])
-    means, counts = class_means([({"layer": x}, y)], num_classes=3)
-    assert counts.tolist() == [2, 0, 1]
-    assert means["layer"].mu.tolist() == [4, 1]
-    assert means["layer"].M.tolist() == [[-2, -1], [0, 0], [4, 2]]
-
-
-@pytest.mark.parametrize("num_classes", [measures.MAX_ONE_HOT_CLASSES, measures.MAX_ONE_HOT_CLASSES + 1, 1000])
-def test_class_sums_are_exact_for_few_and_for_many_classes(num_classes):
-    x = torch.randint(-(2**20), 2**20, (300, 7)).float()  # integers, whose sums float64 holds exactly
-    y = torch.randint(num_classes, (300,))
-    sums, _ = measures.class_sums([({"layer": x}, y)], num_classes)
-    expected = torch.stack([x[y == c].double().sum(0) for c in range(num_classes)])
-    assert torch.equal(sums["layer"], expected)
-
-
-@pytest.mark.parametrize("num_classes", [3, 100])
-@pytest.mark.parametrize("wrong", [-1, 1000])
-def test_labels_of_no_class_are_an_error(num_classes, wrong):
-    with pytest.raises(UserError, match=f"outside 0 to {num_classes - 1}"):
-        class_means([({"layer": torch.randn(3, 2)}, torch.tensor([0, 1, wrong]))], num_classes)
-
-
-def test_no_samples_are_an_error():
-    with pytest.raises(UserError, match="no sample"):
-        class_means([], num_classes=3)
-
-
 def test_small_batches_are_joined_in_order_and_large_ones_stay_as_they_are():
     x = torch.randn(11, 3)
-    joined = list(measures.joined([({"layer": h}, y) for h, y in batches_of(x)]))
+    joined = list(passes.joined([({"layer": h}, y) for h, y in batches_of(x)]))
     assert len(joined) == 1 and torch.equal(joined[0][0]["layer"], x) and torch.equal(joined[0][1], torch.arange(11))
-    large = [({"layer": torch.empty(1, measures.MIN_ELEMENTS)}, torch.zeros(1))] * 2
-    assert all(a is b for a, b in zip(measures.joined(large), large, strict=True))
+    large = [({"layer": torch.empty(1, passes.MIN_ELEMENTS)}, torch.zeros(1))] * 2
+    assert all(a is b for a, b in zip(passes.joined(large), large, strict=True))

@@ -8,26 +8,49 @@ minimality, in nats. How they are trained stands in `heads.py`.
 Letters: N samples, B batch, C classes, K digits (N_D in the paper), E head epochs, A heads that are trained together.
 """
 
+from __future__ import annotations
+
 import heapq
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets import conditional_entropies, decodable_labels, digit_entropies
-from errors import UserError
-from heads import ENGINES, Budget, Family, Head, Samples, bundles, fastest, groups, head_epochs, own_copy, parts, train
-from measures import Measure, untouched
-from ranks import ALONE, Ranks
-from run_folder import EpochTable, save_whole
-from seeds import seed_from
+from datasets import Dataset, conditional_entropies, decodable_labels, digit_entropies
+from measures.heads import (
+    ENGINES,
+    Budget,
+    Family,
+    Head,
+    Samples,
+    bundles,
+    fastest,
+    groups,
+    head_epochs,
+    own_copy,
+    parts,
+    train,
+)
+from measures.layers import matching
+from measures.measure import Measure
+from measures.passes import untouched
+from run.checkpoints import save_whole
+from run.errors import UserError, WrongFlag
+from run.ranks import ALONE, Ranks
+from run.record import EpochTable
+from run.seeds import seed_from
+
+if TYPE_CHECKING:
+    from run.console import Console
+    from run.run_folder import RunFolder
 
 COLUMNS = ("epoch", "layer", "digit", "head_epoch", "cross_entropy")
 RARE = 1e-12  # frequency given to a value that a digit never takes: its logarithm must be finite
@@ -262,6 +285,44 @@ class DecodableInformation(Measure):
         self.budget, self.table, self.states, self.say = dict(budget), table, states, say
         self._is_warned = False
 
+    @classmethod
+    def from_flags(
+        cls, args: Namespace, common: Mapping[str, Any], folder: RunFolder, console: Console
+    ) -> DecodableInformation:
+        """As a run's flags want it, with a table of all heads' losses in the run's folder."""
+        warn_of_other_meaning(folder)
+        heads = {
+            "layers": matching(args.dib_layers, common["layers"], "--dib-layers"),
+            "table": folder.table("dib.csv", COLUMNS),
+            "states": folder.path / "checkpoints" if args.dib_save else None,
+            "say": console.say,
+        }
+        return cls(budget(args), **common | heads)
+
+    @staticmethod
+    def plan(args: Namespace, dataset: Dataset) -> dict[str, Any]:
+        """How many heads there are at a layer, and for how many epochs they train; refuses data without any."""
+        labels = dataset.train.labels
+        length = {name: budget(args)[name] for name in ("batch_size", "epochs", "steps")}
+        digits, epochs = digits_and_epochs(labels, dataset.num_classes, **length)
+        if digits == 0:
+            lack = f"no class has two of the {len(labels)} training samples, so DIB has nothing to tell apart"
+            if args.limit is None:
+                raise UserError(f"-d/--dataset {args.dataset}: {lack}: leave it out with --no-dib")
+            raise WrongFlag(f"argument --limit: {lack}: raise it, or leave DIB out with --no-dib")
+        return {"dib_heads": digits, "dib_head_epochs": epochs}
+
+    @staticmethod
+    def refuse_layers(args: Namespace, layers: Collection[str], network: nn.Module) -> None:
+        """Heads need a layer that splits the network: a measured block."""
+        blocks = [layer for layer in layers if layer in network.layers]
+        if not blocks:
+            raise WrongFlag(
+                f"argument --layers: DIB needs layers that split the network, {', '.join(network.layers)}, and none of "
+                "these is named: name one, or leave DIB out with --no-dib"
+            )
+        matching(args.dib_layers, blocks, "--dib-layers")
+
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """Train this epoch's heads."""
         start = time.perf_counter()
@@ -277,7 +338,7 @@ class DecodableInformation(Measure):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say, before anything is trained, how much there will be to train."""
         if self.say and stage == "fit":
-            layers = self.layers or pl_module.network.layers
+            layers = self.splits(pl_module)
             labels = trainer.datamodule.dataset.train.labels
             length = {name: self.budget.get(name) for name in ("batch_size", "epochs", "steps")}
             digits, epochs = digits_and_epochs(labels, pl_module.hparams.num_classes, **length)
@@ -286,6 +347,11 @@ class DecodableInformation(Measure):
                 f"DIB      {len(layers)} layers × {digits} heads × {epochs} head epochs at {times}; "
                 "cheaper with --dib-layers, --dib-steps, --measure-at, --no-dib"
             )
+
+    def splits(self, pl_module: LightningModule) -> list[str]:
+        """Those of the layers at which the network can be split."""
+        blocks = pl_module.network.layers
+        return [layer for layer in self.layers or blocks if layer in blocks]
 
     def _warn_of_unfinished(self, dib: DIB, num_samples: int, num_classes: int, epoch: int) -> None:
         """Once a run: which heads had too little training, as they do worse than heads that ignore their layer.
@@ -322,7 +388,7 @@ class DecodableInformation(Measure):
                 Converted(batches, precision.convert_input),
                 batches.labels,
                 hparams.num_classes,
-                layers=self.layers,
+                layers=self.splits(pl_module),
                 seed=hparams.seed,
                 epoch=epoch,
                 cache_bytes=self.cache_bytes,
@@ -372,6 +438,28 @@ class DecodableInformation(Measure):
             next(bar[0], None)
 
         return move
+
+
+def budget(args: Namespace) -> dict[str, Any]:
+    """How the heads are trained, by the names of `decodable_information`'s arguments."""
+    return {
+        "epochs": args.dib_epochs,
+        "steps": args.dib_steps,
+        "learning_rate": args.dib_lr,
+        "batch_size": args.dib_batch_size,
+        "optimizer": args.dib_optimizer,
+        "init": args.dib_init,
+    }
+
+
+def warn_of_other_meaning(folder: RunFolder) -> None:
+    """A run that began before minimality had its present meaning does not go on silently with the other one."""
+    if folder.checkpoint and "dib_head_epochs" not in (folder.before or {}).get("provenance", {}):
+        warnings.warn(
+            f"From epoch {folder.epoch + 1} on the dib/ columns of {folder.path} mean something else than before: "
+            "samples are numbered at random and minimality counts from H(Y_k | Y). To compare epochs, start anew.",
+            stacklevel=3,
+        )
 
 
 class Converted:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from errors import UserError
-from ranks import Ranks
-from run_folder import EpochTable
+from run.errors import UserError
+from run.ranks import Ranks
+from run.record import EpochTable
 
 COLUMNS = ("step", "lr", "loss", "smoothed")
 STEPS = 100

@@ -7,16 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from run.catalogue import MEASURES, column
+
 UNSUMMED = ("epoch", "lr", "time/")
-TITLES = {  # of columns NAME/LAYER and NAME/SET/LAYER; others stand behind, under their names
-    "nc1/train": "NC1 train",
-    "nc1/test": "NC1 test",
-    "dib/minimality": "DIB minimality",
-    "rank/numerical/train": "numerical rank",
-    "rank/stable/train": "stable rank",
-    "rank/effective/train": "effective rank",
-}
-LEFT_OUT = ("dib/", "nc1_chance/", "rank/", "time/")  # unless above: what says the same again, or nothing of layers
 
 
 def banner(args: Namespace, facts: Mapping[str, Any], folder: Path) -> str:
@@ -66,26 +59,26 @@ def closing(rows: Sequence[Mapping[str, str]], layers: Sequence[str]) -> str:
     parts = [_accuracies(rows)]
     if measured:
         parts += [measure_table(measured[0], measured[-1], layers)]
-        parts += [_equiseparation(measured[-1])]
+        parts += [about.remark(measured[-1]) for about in MEASURES if about.remark]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def measure_table(first: Mapping[str, str], last: Mapping[str, str], layers: Sequence[str]) -> str:
     """Per layer what the measures gave first and last, as `first → last`; empty where nothing was measured."""
-    shown = _measures(last, layers)
+    shown = titles(last, layers)
     if not shown:
         return ""
-    header = [f"epoch {_course(first, last, 'epoch')}", *(TITLES.get(name, name.replace("/", " ")) for name in shown)]
+    header = [f"epoch {_course(first, last, 'epoch')}", *shown.values()]
     cells = [[layer, *(_course(first, last, f"{name}/{layer}") for name in shown)] for layer in layers]
     return table(header, cells)
 
 
-def _measures(row: Mapping[str, str], layers: Sequence[str]) -> list[str]:
-    """What the closing table shows of the columns NAME/LAYER: the names, those with a title first."""
-    parts = (column.rpartition("/") for column in row)
-    names = list(dict.fromkeys(name for name, _, layer in parts if name and layer in layers))
-    own = [name for name in names if name not in TITLES and not f"{name}/".startswith(LEFT_OUT)]
-    return [*(name for name in TITLES if name in names), *own]
+def titles(row: Mapping[str, str], layers: Sequence[str]) -> dict[str, str]:
+    """Which columns NAME/LAYER or NAME/SET/LAYER the closing table shows, and under which titles."""
+    parts = (name.rpartition("/") for name in row)
+    names = dict.fromkeys(name for name, _, layer in parts if layer in layers and name not in ("", "time"))
+    families = {name: column(name) for name in names}
+    return {name: family.closing[split] for name, (family, split) in families.items() if split in family.closing}
 
 
 def seeds_table(seeds: Sequence[int], rows: Sequence[Mapping[str, str]]) -> str:
@@ -117,16 +110,6 @@ def _accuracies(rows: Sequence[Mapping[str, str]]) -> str:
         f"test accuracy {float(tested[-1]['test_acc']):.2%} after epoch {tested[-1]['epoch']}, "
         f"at best {float(best['test_acc']):.2%} after epoch {best['epoch']}"
     )
-
-
-def _equiseparation(row: Mapping[str, str]) -> str:
-    fits = []
-    for split in ("train", "test"):
-        if f"equiseparation/{split}/r" in row:
-            r, slope = (float(row[f"equiseparation/{split}/{figure}"]) for figure in ("r", "slope"))
-            if math.isfinite(r):  # else there are fewer than three layers, or nothing changes over them
-                fits.append(f"{split} r = {r:.3f}, slope {slope:.3f}")
-    return "equi-separation, log NC1 over the layers: " + "; ".join(fits) if fits else ""
 
 
 def _short(number: str | None) -> str:

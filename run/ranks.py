@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from errors import UserError
+from run.errors import UserError
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -28,6 +28,7 @@ Thing = TypeVar("Thing")
 PATIENCE = timedelta(hours=6)  # a rank waits so long for another: heads of DIB may take hours and differ by much of it
 WATCH = 1.0  # seconds between two looks at whether other processes of the machine still live
 PUNCTUAL = 20.0  # seconds after which it is said that not all processes are there yet
+PROCESSES_PER_CPU = 4  # more of them only wait for each other
 COURTESY = 3.0  # seconds for who knows better to say what went wrong
 LOST = "another process of this run ended early, and so must this one"
 NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # where launchers tell a process which one it is
@@ -193,6 +194,17 @@ def name_by_environment() -> str:
     """Something like `local rank 3: ` in a process that is not the first, by what its launcher set; else nothing."""
     name = next((name for name in NUMBERS if os.environ.get(name, "0") != "0"), None)
     return "" if name is None else f"{name.lower().replace('_', ' ')} {os.environ[name]}: "
+
+
+def too_many_processes(num: int) -> str | None:
+    """Why this machine does not start so many processes that compute on its CPUs; None where it does."""
+    num_cpus = os.cpu_count() or 1
+    if num <= PROCESSES_PER_CPU * num_cpus:
+        return None
+    return (
+        f"argument --devices: {num} processes are too many for the {num_cpus} CPUs here, allowed are "
+        f"{PROCESSES_PER_CPU} for each: {PROCESSES_PER_CPU * num_cpus}"
+    )
 
 
 def is_lost_rank(error: BaseException) -> bool:

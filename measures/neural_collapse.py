@@ -13,20 +13,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from measures import (
-    Activations,
-    Features,
-    Means,
-    Measure,
-    centred,
-    check_same_counts,
-    class_members,
-    class_sums,
-    joined,
-    pieces,
-)
-from ranks import ALONE, Ranks
-from seeds import seed_from
+from measures.means import Means, centred, check_same_counts, class_members, class_sums, pieces
+from measures.measure import Measure
+from measures.passes import Activations, Features, joined
+from run.ranks import ALONE, Ranks
+from run.seeds import seed_from
 
 CUT = 10 * torch.finfo(torch.float64).eps  # times C: eigenvalues below it are rounding errors of larger ones
 

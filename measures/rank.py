@@ -10,18 +10,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from measures import (
-    FLOAT32_EPS,
-    Activations,
-    Features,
-    Means,
-    Measure,
-    check_same_counts,
-    class_means,
-    class_members,
-    joined,
-)
-from ranks import ALONE, Ranks
+from measures.means import FLOAT32_EPS, Means, check_same_counts, class_means, class_members
+from measures.measure import Measure
+from measures.passes import Activations, Features, joined
+from run.ranks import ALONE, Ranks
 
 EXACT_LIMIT = 4096  # an N × N or d × d matrix of this size has 134 MB; its eigenvalues take 10 s on two CPU cores
 FLOAT64_EPS = torch.finfo(torch.float64).eps

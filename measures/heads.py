@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from errors import UserError
-from measures import CACHE_SHARE, free_memory
-from seeds import seed_from
+from run.errors import UserError
+from run.memory import CACHE_SHARE, free_memory
+from run.seeds import seed_from
 
 DECAY = 1 / 100  # of the rate over all head epochs, the authors' setting
 MOMENTUM = 0.9  # of SGD

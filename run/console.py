@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from errors import Interrupted
-from tables import epoch_line
+from run.errors import Interrupted
+from run.tables import epoch_line
 
 Item = TypeVar("Item")
 

@@ -19,12 +19,11 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ranks
-import slurm
-from errors import Interrupted
-from tables import seeds_table
+from run import ranks, slurm
+from run.errors import Interrupted
+from run.tables import seeds_table
 
-MAIN = Path(__file__).with_name("main.py")
+MAIN = Path(__file__).parents[1] / "main.py"
 NOTE = "NOTE_OF_RESULTS"  # in a seed's environment: the open file in which it notes where its results lie
 OUT_OF_TIME = 128 + signal.SIGUSR1
 

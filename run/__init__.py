@@ -1,0 +1,1 @@
+"""What surrounds a run: its folder, several processes, SLURM, sweeps, the range test, what the terminal shows."""

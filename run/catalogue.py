@@ -1,0 +1,165 @@
+"""What measures there are. Of each: its name, the flags that ask for it, its columns in words, its figures.
+
+The one place where a measure says what it is: the command line, the callbacks of a run, the closing table and the
+figures read it here. A measure of one's own is a module in `measures/` and an entry in `MEASURES`; `docs/extending.md`
+has one in ten lines. Imports nothing heavy: the command line answers with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from run.values import MAX_DIB, number, rate
+
+SETS = ("train", "test")
+
+
+class Column(NamedTuple):
+    """The columns NAME/LAYER, NAME/SET or NAME/SET/LAYER in words: what an axis says, and in which unit it counts.
+
+    `scale` is the unit's size: minimality is kept in nats and drawn in thousandths. `log` is for every ratio. `closing`
+    has the titles of the closing table, by set, or under "" where there is none. What is drawn `aside` stands beside
+    another quantity and has no figure of its own.
+    """
+
+    text: str
+    unit: str = ""
+    scale: float = 1.0
+    log: bool = False
+    closing: Mapping[str, str] = {}
+    aside: bool = False
+
+    @property
+    def axis(self) -> str:
+        """`minimality (10⁻³ nats)`"""
+        return f"{self.text} ({self.unit})" if self.unit else self.text
+
+
+class Flag(NamedTuple):
+    """A flag that says how to measure; `options` are those of argparse's `add_argument`."""
+
+    name: str
+    default: Any
+    help: str
+    options: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class About:
+    """A measure: `callback` is its `module:Class`, `flag` asks for it, and a run measures it unasked if `is_default`.
+
+    Of flags that stand in `instead`, one excludes the others. `remark` makes a line below the closing table from the
+    last row of `metrics.csv`. `figures` are functions, `module:name`, which take runs.
+    """
+
+    name: str
+    callback: str
+    flag: str
+    help: str
+    is_default: bool = False
+    flags: tuple[Flag, ...] = ()
+    instead: tuple[str, ...] = ()
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    remark: Callable[[Mapping[str, str]], str] | None = None
+    figures: tuple[str, ...] = ()
+
+
+def equiseparation(row: Mapping[str, str]) -> str:
+    """How log NC1 falls over the layers, where there are enough of them to say."""
+    fits = []
+    for split in SETS:
+        r, slope = (float(row.get(f"equiseparation/{split}/{figure}", "nan")) for figure in ("r", "slope"))
+        if math.isfinite(r):  # else there are fewer than three layers, or nothing changes over them
+            fits.append(f"{split} r = {r:.3f}, slope {slope:.3f}")
+    return "equi-separation, log NC1 over the layers: " + "; ".join(fits) if fits else ""
+
+
+RANKS = ("numerical", "stable", "effective")
+MEASURES = (
+    About(
+        name="nc1",
+        callback="measures.neural_collapse:NeuralCollapse",
+        flag="nc",
+        help="neural collapse, NC1",
+        is_default=True,
+        columns={
+            "nc1": Column("NC1 = tr(Σ_W Σ_B⁺)", log=True, closing={"train": "NC1 train", "test": "NC1 test"}),
+            "nc1_chance": Column("NC1 under permuted labels", log=True, aside=True),
+        },
+        remark=equiseparation,
+        figures=("figures.collapse:nc1_over_epochs", "figures.collapse:nc1_over_depth"),
+    ),
+    About(
+        name="rank",
+        callback="measures.rank:Rank",
+        flag="rank",
+        help="rank of activations and class means",
+        columns={
+            **{f"rank/{kind}": Column(f"{kind} rank", log=True, closing={"train": f"{kind} rank"}) for kind in RANKS},
+            **{f"rank/means_{kind}": Column(f"{kind} rank of class means", log=True) for kind in RANKS},
+        },
+        figures=("figures.rank:all_ranks",),
+    ),
+    About(
+        name="dib",
+        callback="measures.decodable_information:DecodableInformation",
+        flag="dib",
+        help="decodable information",
+        is_default=True,
+        flags=(
+            Flag("dib_layers", None, "layers for DIB, of those measured (else all)",
+                 {"nargs": "+", "metavar": "PATTERN"}),
+            Flag("dib_steps", 980, "steps that train the heads, rounded up to whole epochs over the samples",
+                 {"type": number(int, 1, MAX_DIB), "metavar": "N"}),
+            Flag("dib_epochs", None, "epochs that train the heads, instead of steps",
+                 {"type": number(int, 1, MAX_DIB), "metavar": "E"}),
+            Flag("dib_lr", 3e-3, "learning rate of the heads, falls to 1/100", {"type": rate(), "metavar": "RATE"}),
+            Flag("dib_batch_size", 512, "samples a step of the heads", {"type": number(int, 2), "metavar": "N"}),
+            Flag("dib_optimizer", "adam", "optimizer of the heads", {"choices": ("sgd", "adam")}),
+            Flag("dib_init", "reset", "heads start anew or from the network's own decoder",
+                 {"choices": ("reset", "copy")}),
+            Flag("dib_save", False, "keep the heads' weights under checkpoints/"),
+        ),
+        instead=("dib_steps", "dib_epochs"),
+        columns={
+            "dib/loss": Column("cross-entropy of the heads", "nats"),
+            "dib/minimality": Column("minimality", "10⁻³ nats", scale=1e-3, closing={"": "DIB minimality"}),
+            "dib/sufficiency": Column("sufficiency", "nats"),
+        },
+        figures=(
+            "figures.decodable:minimality_over_epochs",
+            "figures.decodable:sufficiency_minimality",
+            "figures.decodable:head_losses",
+            "figures.decodable:nc1_against_minimality",
+        ),
+    ),
+)  # fmt: skip
+
+
+def found(reference: str) -> Any:
+    """The class or function that `module:name` means, imported only now."""
+    module, _, name = reference.partition(":")
+    within = __package__.removesuffix("run")  # empty in a checkout
+    return getattr(importlib.import_module(within + module), name)
+
+
+def column(name: str) -> tuple[Column, str]:
+    """What a family of columns, as `nc1/test` or `dib/minimality`, is in words, and its set if its name ends in one.
+
+    One that no measure here has is known by its own name.
+    """
+    known = {name: column for about in MEASURES for name, column in about.columns.items()}
+    family, _, split = name.rpartition("/")
+    if split not in SETS:
+        family, split = name, ""
+    return known.get(family, Column(family, closing={split: name.replace("/", " ")})), split
+
+
+def measure_of(name: str) -> About | None:
+    """The measure that a family of columns belongs to, if it is one of these."""
+    family = name.rpartition("/")[0] if name.rpartition("/")[2] in SETS else name
+    return next((about for about in MEASURES if family in about.columns), None)

@@ -1,0 +1,65 @@
+"""How the program ends: with which exit status, and with which sentence when it ends early."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from run import ranks, slurm
+from run.errors import Interrupted, UserError, is_out_of_memory, is_too_large, write_what_the_terminal_can
+
+
+def status_of(story: Callable[[], int]) -> int:
+    """Do it, and say in a sentence why if it cannot be done. 0 done, 1 error, 2 wrong flag, 128 + a signal's number."""
+    Interrupted.on(signal.SIGINT, signal.SIGTERM, *slurm.time_out_signals())
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    write_what_the_terminal_can()
+    ranks.end_with_starter()
+    try:
+        return attempt(story)
+    except Interrupted as signal_:
+        Interrupted.over()
+        if ranks.name_by_environment():
+            time.sleep(ranks.COURTESY)  # the first rank says it, and asks SLURM for another turn
+            return signal_.status
+        ended(signal_, signal_.status)
+        return ended(slurm.requeue(), signal_.status) if signal_.number == signal.SIGUSR1 else signal_.status
+
+
+def attempt(story: Callable[[], int]) -> int:
+    """Its exit status, or that of what went wrong."""
+    try:
+        status = story()
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return ended(error, error.status)
+    except OSError as error:  # what the system refuses elsewhere than in the run's folder
+        if error.filename is None:
+            sys.stdout = sys.stderr  # the full disk or closed pipe is asked no more
+        return ended(f"{error.filename or 'standard output'}: {error.strerror}", 1)
+    except (RuntimeError, MemoryError) as error:
+        if ranks.is_lost_rank(error):
+            return ended(ranks.LOST, 1)
+        if is_too_large(error):
+            flags = "-lr/--learning-rate, --bias-lr-scale, --weight-decay or --dib-lr"
+            return ended(f"a step became too large for --precision: lower {flags}", 1)
+        if is_out_of_memory(error):
+            ways = "a smaller -b/--batch-size, a smaller network, or --precision bf16-mixed"
+            return ended(f"out of memory: try {ways}", 1)
+        raise
+
+
+def ended(why: object, status: int) -> int:
+    """Say why the program ends early; the exit status.
+
+    Ranks behind the first speak later: where all end for the same reason, their launcher has mostly ended them by then.
+    """
+    rank = ranks.name_by_environment()
+    if rank:
+        time.sleep(ranks.COURTESY)
+    print(f"main.py: {rank}{why}", file=sys.stderr)
+    return status

@@ -1,0 +1,180 @@
+"""The value of every flag when nothing else is said: defaults, and what a model's preset puts in their place.
+
+Plain data: names that the command line knows before torch is imported, `DEFAULTS`, `PRESETS`, and which flags a resumed
+run may change.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from run.catalogue import MEASURES
+
+MODELS = ("MLP", "MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")
+IMAGE_MODELS = ("MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")  # others get what the data are
+DATASETS = ("SZT", "MNIST", "FashionMNIST", "CIFAR10")
+NONLINEARITIES = ("tanh", "relu", "gelu", "silu", "sigmoid", "leaky_relu", "elu", "identity")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+
+DEFAULTS = {
+    # run
+    "config": None,
+    "resume": None,
+    "measure": None,
+    "list_layers": None,
+    "log_dir": "lightning_logs",
+    "name": None,
+    "seed": 0,
+    "accelerator": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+    "threads": None,
+    "strategy": "auto",
+    "precision": "32-true",
+    "compile": False,
+    "channels_last": False,
+    "deterministic": False,
+    "save_every": None,
+    "keep_going": False,
+    "plots": True,
+    "quiet": False,
+    # data
+    "dataset": "SZT",
+    "data_dir": "data",
+    "limit": None,
+    "augment": True,
+    "alternate_flip": False,
+    # network
+    "model": "MLP",
+    "widths": [512, 256],
+    "nonlinearity": "relu",
+    "batch_norm": False,
+    "stem": None,
+    # optimisation
+    "epochs": 20,
+    "batch_size": 256,
+    "learning_rate": 1e-3,
+    "optimizer": "adam",
+    "momentum": 0.9,
+    "betas": [0.9, 0.999],
+    "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "schedule": "cosine",
+    "warmup": 0.0,
+    "start_factor": 0.1,
+    "end_factor": 0.0,
+    "bias_lr_scale": 1.0,
+    "whiten_epochs": 3,
+    "lookahead": False,
+    "tta": False,
+    "lr_range_test": None,
+    # measures
+    **{about.flag: about.is_default for about in MEASURES},
+    "measure_every": 1,
+    "measure_at": None,
+    "layers": None,
+    "measure_sets": ["train", "test"],
+    "cache_gb": None,
+    **{flag.name: flag.default for about in MEASURES for flag in about.flags},
+}
+
+# What makes the bare command good. A pair (model, dataset) goes before the model alone. Steps of the heads are head
+# epochs times batches: 118 of 512 on MNIST, 98 on CIFAR-10, 28 of 128 on SZT.
+MLP = {"epochs": 10, "learning_rate": 2e-3, "warmup": 0.2, "dib_steps": 5 * 118}
+PRESETS = {
+    ("MLP",): MLP,
+    ("MLP", "MNIST"): MLP | {"dib_steps": 15 * 118},
+    ("MLP", "SZT"): {
+        "widths": [10, 7, 5, 4, 3],
+        "nonlinearity": "tanh",
+        "epochs": 200,
+        "learning_rate": 1e-2,
+        "warmup": 0.1,
+        "dib_steps": 10 * 28,
+        "dib_lr": 3e-2,
+        "dib_batch_size": 128,
+    },
+    ("MNISTNet",): {
+        "epochs": 3,
+        "learning_rate": 1e-2,
+        "betas": [0.7, 0.9],
+        "warmup": 0.3,
+        "augment": False,
+        "dib_steps": 2 * 118,
+    },
+    ("CIFARNet",): {
+        "epochs": 10,
+        "batch_size": 1024,
+        "optimizer": "sgd",
+        "learning_rate": 1.5,
+        "momentum": 0.85,
+        "weight_decay": 1.33e-3,
+        "label_smoothing": 0.2,
+        "schedule": "linear",
+        "warmup": 0.23,
+        "start_factor": 0.2,
+        "end_factor": 0.07,
+        "bias_lr_scale": 64.0,
+        "lookahead": True,
+        "tta": True,
+        "alternate_flip": True,
+    },
+    ("ResNet",): {
+        "epochs": 60,
+        "batch_size": 512,
+        "optimizer": "sgd",
+        "learning_rate": 0.2,
+        "weight_decay": 5e-4,
+        "warmup": 0.15,
+        "measure_at": ["log:12"],
+        "dib_layers": ["layer2.1", "layer3.1", "layer4.1", "avgpool"],
+        "dib_steps": 2 * 98,
+    },
+    ("ConvNeXt",): {
+        "epochs": 80,
+        "batch_size": 256,
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "label_smoothing": 0.1,
+        "warmup": 0.1,
+        "measure_at": ["log:12"],
+        "dib_layers": ["features.3.2", "features.5.8", "features.7.2", "classifier.1"],
+        "dib_steps": 2 * 98,
+    },
+}
+
+# Flags of a single call: they say what to do, not what the run is.
+OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
+# What a resumed run may change without becoming another run.
+FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
+                  "num_nodes", "plots", "strategy", "threads")  # fmt: skip
+OF_SEVERAL = ("seed", "widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")
+
+
+def preset(model: str, dataset: str) -> dict:
+    """The flags that the preset of a model on a dataset sets."""
+    return PRESETS.get((model, dataset), PRESETS.get((model,), {}))
+
+
+def merged(*levels: dict[str, Any]) -> dict[str, Any]:
+    """Flags from several places: a later one counts, also against earlier ones that exclude it."""
+    flags: dict[str, Any] = {}
+    for level in levels:
+        for about in MEASURES:
+            if any(level.get(name) is not None for name in about.instead):
+                flags |= dict.fromkeys(about.instead)
+        flags |= level
+    return flags
+
+
+def rivals(name: str) -> tuple[str, ...]:
+    """The flags of which only one is given, this one among them; else it alone."""
+    return next((about.instead for about in MEASURES if name in about.instead), (name,))
+
+
+def flags_of_run(args: Namespace) -> dict:
+    """What `hparams.yaml` keeps: every flag but those of a single call."""
+    return {name: value for name, value in vars(args).items() if name not in OF_ONE_CALL}

@@ -1,0 +1,102 @@
+"""Flags that lie in files: a config file, or the `hparams.yaml` of a run to resume or to measure."""
+
+import reprlib
+from pathlib import Path
+
+from run import slurm
+from run.parser import Parser
+from run.presets import DEFAULTS, FREE_ON_RESUME, OF_ONE_CALL, OF_SEVERAL, merged, rivals
+from run.values import perhaps
+
+
+def stored_flags(parser: Parser, given: dict) -> dict:
+    """Flags from a config file, from the run to resume, or from the run that a checkpoint belongs to."""
+    if "config" in given and "resume" in given:
+        parser.error("argument -c/--config: not allowed with --resume, which takes the run's own flags")
+    if "resume" in given:
+        given["resume"] = str(_run_to_resume(parser, given))
+        stored = _read_config(parser, Path(given["resume"]) / "hparams.yaml", "--resume")
+        _refuse_changes(parser, stored, given)
+        return stored
+    if "config" in given:
+        return _read_config(parser, Path(given["config"]), "-c/--config")
+    if "measure" in given:
+        neighbour = Path(given["measure"]).parent.parent / "hparams.yaml"
+        stored = _read_config(parser, neighbour, "--measure") if neighbour.is_file() else {}
+        return {flag: value for flag, value in stored.items() if flag != "name"}  # that folder is the run's own
+    return {}
+
+
+def _run_to_resume(parser: Parser, given: dict) -> Path:
+    if given["resume"] != "last":
+        folder = Path(given["resume"])
+    else:
+        log_dir = Path(given.get("log_dir", DEFAULTS["log_dir"]))
+        newest_first = sorted(log_dir.glob("*/hparams.yaml"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        folder = next((path.parent for path in newest_first if not slurm.is_measurement(path.parent)), None)
+        if folder is None:
+            parser.error(f"argument --resume: there is no run in {log_dir} to go on with")
+    if not (folder / "hparams.yaml").is_file():
+        parser.error(f"argument --resume: {folder} is no run's folder: it has no hparams.yaml")
+    if slurm.is_measurement(folder):
+        parser.error(f"argument --resume: {folder} holds what --measure found: no run that could go on")
+    return folder
+
+
+def _refuse_changes(parser: Parser, stored: dict, given: dict) -> None:
+    own = merged(DEFAULTS, stored)
+    changed = [name for name in given if name not in FREE_ON_RESUME and given[name] != own[name]]
+    if changed:
+        name = changed[0]
+        kept = next((other for other in rivals(name) if own[other] is not None), name)
+        parser.error(
+            f"argument --{name.replace('_', '-')}: a resumed run keeps its {kept}={own[kept]}; "
+            "start a new run to change it"
+        )
+
+
+def _read_config(parser: Parser, path: Path, flag: str) -> dict:
+    """The flags in a YAML mapping from flag names to values, checked as the command line is."""
+    import yaml  # only where a file is read: the rest of the command line does without
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"argument {flag}: cannot read {path}: {getattr(error, 'strerror', None) or error}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        parser.error(f"argument {flag}: {path} is not plain YAML: {' '.join(str(error).split())}")
+    if not isinstance(content, dict):
+        parser.error(f"argument {flag}: {path} must hold a mapping from flag names to values")
+    parser.source = f"{path}: "
+    known = [name for name in DEFAULTS if name not in OF_ONE_CALL]
+    argv: list[str] = []
+    for name, value in content.items():
+        if name == "provenance":
+            if not isinstance(value, dict):
+                parser.error("provenance is no mapping, as a run writes it")
+            continue
+        if name not in known:
+            parser.error(f"unknown key {name!r}" + (perhaps(str(name), known) or f"; known are {known}"))
+        argv += _as_argv(parser, name, value)
+    values = vars(parser.parse_args(argv))
+    parser.source = ""
+    return values
+
+
+def _as_argv(parser: Parser, name: str, value: object) -> list[str]:
+    """The words on the command line that mean `name: value`."""
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(DEFAULTS[name], bool):
+        if not isinstance(value, bool):
+            parser.error(f"argument {flag}: {value!r} is neither true nor false")
+        return [flag if value else "--no-" + flag.removeprefix("--")]
+    items = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and name not in OF_SEVERAL:
+        parser.error(f"argument {flag}: {reprlib.repr(value)} is a list, allowed is one value")
+    if isinstance(value, dict | bool) or any(isinstance(item, dict | list | bool | None) for item in items):
+        parser.error(f"argument {flag}: {reprlib.repr(value)} is no value for it")
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]

@@ -1,0 +1,72 @@
+"""What a flag's value may be: numbers within bounds, text, epochs; and which name a mistyped one resembles."""
+
+import argparse
+import difflib
+import reprlib
+from collections.abc import Callable, Iterable
+
+MAX_EPOCHS = 10**6  # the epochs to measure are listed
+MAX_COUNT = 10**9  # of samples, units of a layer, gigabytes: beyond what any machine holds
+MAX_RATE = 1e30  # rates and decays: float32 ends at 3e38, and optimizers multiply
+MAX_SCALE = 1e6
+MAX_NODES = 10**4
+MAX_THREADS = 10**4
+MAX_DIB = 10**9  # head epochs or steps: beyond it no computer comes to an end
+
+
+def number(kind: type, low: float, high: float = MAX_COUNT, *, open_low: bool = False) -> Callable:
+    """A converter for a number in [low, high], or (low, high] with `open_low`."""
+    word = "whole number" if kind is int else "number"
+    lowest, highest = (f"{bound:g}" if isinstance(bound, float) else f"{bound}" for bound in (low, high))
+    allowed = f"a {word} {'above' if open_low else 'of at least'} {lowest} and at most {highest}"
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {allowed}") from None
+        if not (low < value if open_low else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {allowed}")
+        return value + 0  # makes 0 of -0.0
+
+    return convert
+
+
+def rate() -> Callable:
+    """A converter for a learning rate."""
+    return number(float, 0, MAX_RATE, open_low=True)
+
+
+def text(text: str) -> str:
+    """Text that can name a file and stand in `hparams.yaml`."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise argparse.ArgumentTypeError(f"{text!r} holds what is no text in UTF-8")
+    return text
+
+
+def epoch(text: str) -> str:
+    """An epoch, or `log:N` for about N epochs at even steps of the logarithm."""
+    digits = text.removeprefix("log:")
+    least = 2 if text.startswith("log:") else 0
+    if not (digits.isascii() and digits.isdigit() and least <= int(digits) <= MAX_EPOCHS):
+        raise argparse.ArgumentTypeError(
+            f"{reprlib.repr(text)} is neither an epoch (0, 1, …) nor log:N with N of at least 2, up to {MAX_EPOCHS}"
+        )
+    return text
+
+
+class OneOrSeveral(argparse.Action):
+    """A single value as itself, several as a list without repetitions."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: list, flag: str | None = None) -> None:
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise argparse.ArgumentError(self, f"{twice[0]} comes twice")
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
+def perhaps(word: str, names: Iterable[str], comma: str = ", ") -> str:
+    """`, perhaps NAME` with the name that a mistyped word resembles most, whatever its case; else nothing."""
+    by_letters = {name.lstrip("-").lower(): name for name in names}
+    close = difflib.get_close_matches(word.lstrip("-").lower(), by_letters, n=1)
+    return f"{comma}perhaps {by_letters[close[0]]}" if close else ""
