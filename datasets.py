@@ -8,38 +8,22 @@ Letters: N samples, B samples of a batch, C classes (in an image's shape: channe
 """
 
 import copy
-import fcntl
-import functools
 import hashlib
 import math
 import os
-import pickle
-import queue
-import shutil
-import socket
-import sys
-import tarfile
-import threading
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image
 from torch import Tensor
 from torchvision import datasets as torchvision_datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-from torchvision.datasets.utils import check_integrity
 
+import image_folders
+from downloads import Source, cifar10_source, mnist_source, obtain
 from run.errors import UserError, WrongFlag
 
 # The icosahedron of SZT: row v lists the neighbours of vertex v. Vertices at distance three are opposite.
@@ -61,24 +45,6 @@ OPPOSITES = [(0, 9), (1, 7), (2, 5), (3, 6), (4, 10), (8, 11)]
 SZT_TRAIN_PERCENT = 85  # Shwartz-Ziv & Tishby (2017), their headline figure
 SZT_SPLIT_SEED = 2017
 
-# Of the unpacked files; torchvision knows the checksums of the archives alone.
-MNIST_CHECKSUMS = {
-    "MNIST": {
-        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-    },
-    "FashionMNIST": {
-        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
-        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
-    },
-}
-MNIST_LENGTHS = (60_000, 10_000)  # training and test samples of the published files
-PATIENCE = 10.0  # seconds that a silent server is waited for
-
 PUBLISHED_SHAPES = {  # shape of a sample and number of classes, known without the data
     "SZT": ((12,), 2),
     "MNIST": ((1, 28, 28), 10),
@@ -86,9 +52,6 @@ PUBLISHED_SHAPES = {  # shape of a sample and number of classes, known without t
     "CIFAR10": ((3, 32, 32), 10),
 }
 IMAGE_SHIFT = 2  # pixels
-GREY_MODES = ("1", "L", "LA")  # of PIL
-DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits per channel
-IMAGES_PER_TASK = 256
 EVALUATION_VALUES = 2**20  # pixels or bits in a batch where nothing is trained
 SHARE_OF_FREE_MEMORY = 0.5  # of the device that the data may take; the rest is the network's
 
@@ -198,18 +161,18 @@ def _szt_dataset() -> Dataset:
 
 
 def _mnist(data_dir: Path) -> Dataset:
-    source = _mnist_source(torchvision_datasets.MNIST)
+    source = mnist_source(torchvision_datasets.MNIST)
     return _published(source, data_dir, mean=(0.1307,), std=(0.3081,), flip=False)
 
 
 def _fashion_mnist(data_dir: Path) -> Dataset:
-    source = _mnist_source(torchvision_datasets.FashionMNIST)
+    source = mnist_source(torchvision_datasets.FashionMNIST)
     return _published(source, data_dir, mean=(0.2860,), std=(0.3530,), flip=True)
 
 
 def _cifar10(data_dir: Path) -> Dataset:
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    return _published(_cifar10_source(), data_dir, mean=mean, std=std, flip=True)
+    return _published(cifar10_source(), data_dir, mean=mean, std=std, flip=True)
 
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
@@ -220,380 +183,19 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where torchvision gets a dataset from, and what it leaves: all paths below the data folder."""
-
-    name: str
-    classes: tuple[str, ...]
-    folder: str  # that holds the files
-    archives: dict[str, str]  # path → checksum
-    files: tuple[str, ...]
-    urls: tuple[str, ...]
-    download: Callable[[Path], object]
-    read: Callable[[Path], tuple[Split, Split]]  # raises Damaged
-
-
-class Damaged(Exception):
-    """A file of a dataset that is missing or not what it should be."""
-
-
-def _mnist_source(dataset: type[torchvision_datasets.MNIST]) -> Source:
-    name = dataset.__name__
-    folder = f"{name}/raw"
-    return Source(
-        name=name,
-        classes=tuple(dataset.classes),
-        folder=folder,
-        archives={f"{folder}/{archive}": md5 for archive, md5 in dataset.resources},
-        files=tuple(f"{folder}/{archive.removesuffix('.gz')}" for archive, _ in dataset.resources),
-        urls=tuple(mirror + dataset.resources[0][0] for mirror in dataset.mirrors),
-        download=functools.partial(dataset, download=True),
-        read=lambda data_dir: _read_mnist(data_dir / folder, MNIST_CHECKSUMS[name]),
-    )
-
-
-def _cifar10_source() -> Source:
-    dataset = torchvision_datasets.CIFAR10
-    contents = {**dict(dataset.train_list + dataset.test_list), dataset.meta["filename"]: dataset.meta["md5"]}
-    return Source(
-        name="CIFAR10",
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        folder=dataset.base_folder,
-        archives={dataset.filename: dataset.tgz_md5},
-        files=tuple(f"{dataset.base_folder}/{file}" for file in contents),
-        urls=(dataset.url,),
-        download=functools.partial(dataset, download=True),
-        read=lambda data_dir: _read_cifar10(data_dir / dataset.base_folder),
-    )
-
-
 def _published(source: Source, data_dir: Path, mean: tuple[float, ...], std: tuple[float, ...], flip: bool) -> Dataset:
-    train, test = _obtain(source, data_dir)
+    train, test = (Split(*half) for half in obtain(source, data_dir))
     offset, scale = 255 * torch.tensor(mean), 1 / (255 * torch.tensor(std))
     return Dataset(source.name, source.classes, train, test, offset, scale, IMAGE_SHIFT, flip)
 
 
-def _read_mnist(folder: Path, checksums: dict[str, str]) -> tuple[Split, Split]:
-    train, test = (_read_mnist_half(folder, half, checksums) for half in ("train", "t10k"))
-    if train.inputs.shape[1:] != test.inputs.shape[1:]:
-        raise Damaged(f"{folder} holds training and test images of different size")
-    return train, test
-
-
-def _read_mnist_half(folder: Path, half: str, checksums: dict[str, str]) -> Split:
-    images, labels = f"{half}-images-idx3-ubyte", f"{half}-labels-idx1-ubyte"
-    inputs = _read_idx(folder / images, 3, checksums[images])[:, None]  # (N, 1, H, W)
-    targets = _read_idx(folder / labels, 1, checksums[labels]).long()  # (N,)
-    if len(inputs) != len(targets):
-        raise Damaged(f"{folder / labels} is damaged ({len(targets)} labels for {len(inputs)} images)")
-    if targets.max() > 9:
-        raise Damaged(f"{folder / labels} is damaged (label {targets.max()}, allowed are 0 to 9)")
-    return Split(inputs, targets)
-
-
-def _read_idx(path: Path, num_dimensions: int, checksum: str) -> Tensor:
-    """The bytes in an IDX file: 0, 0, type 8, number of dimensions, their big-endian sizes, then the values.
-
-    A file of the published length must be the published one. Others may be somebody's own, and need only be
-    whole.
-    """
-    content = _content(path)
-    header = 4 + 4 * num_dimensions
-    if len(content) < header or content[:4].tolist() != [0, 0, 8, num_dimensions]:
-        raise Damaged(f"{path} is damaged (it does not start like an IDX file)")
-    sizes = content[4:header].view(">u4").tolist()
-    if 0 in sizes or len(content) != header + math.prod(sizes):
-        raise Damaged(f"{path} is damaged ({len(content)} bytes instead of {header + math.prod(sizes)})")
-    if sizes[0] in MNIST_LENGTHS and hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
-        raise Damaged(f"{path} is damaged (wrong checksum)")
-    return torch.from_numpy(content[header:].reshape(sizes))
-
-
-def _read_cifar10(folder: Path) -> tuple[Split, Split]:
-    dataset = torchvision_datasets.CIFAR10
-    _checked_content(folder / dataset.meta["filename"], dataset.meta["md5"])  # torchvision wants it, we do not
-    train, test = (_read_cifar10_half(folder, files) for files in (dataset.train_list, dataset.test_list))
-    return train, test
-
-
-def _read_cifar10_half(folder: Path, files: list[list[str]]) -> Split:
-    # A pickle can run code: only the bytes whose checksum was just compared are unpickled.
-    batches = [pickle.loads(_checked_content(folder / file, md5), encoding="latin1") for file, md5 in files]
-    inputs = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-    labels = np.concatenate([batch["labels"] for batch in batches])
-    return Split(torch.from_numpy(inputs), torch.from_numpy(labels).long())
-
-
-def _checked_content(path: Path, checksum: str) -> np.ndarray:
-    content = _content(path)
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != checksum:
-        raise Damaged(f"{path} is damaged (wrong checksum)")
-    return content
-
-
-def _content(path: Path) -> np.ndarray:
-    try:
-        return np.fromfile(path, dtype=np.uint8)
-    except (FileNotFoundError, NotADirectoryError):
-        raise Damaged(f"{path} is missing") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _obtain(source: Source, data_dir: Path) -> tuple[Split, Split]:
-    """The two halves of the dataset, which is downloaded if a file is missing or damaged."""
-    try:
-        return source.read(data_dir)
-    except Damaged as damaged:
-        problem = _archive_problem(source, data_dir) or str(damaged)
-    try:
-        if not _has_whole_archives(source, data_dir):
-            _refuse_offline(source.urls)  # before anything is written
-        print(f"{problem}: downloading {source.name} into {data_dir}", file=sys.stderr)
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with _alone(data_dir / f".{source.name}.lock"):
-            return _download(source, data_dir)
-    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zlib.error, Damaged) as error:
-        archives = ", ".join(os.path.basename(archive) for archive in source.archives)
-        destination = data_dir / os.path.dirname(next(iter(source.archives)))
-        reason = " ".join(str(error).split())  # torchvision's have several lines
-        raise UserError(
-            f"{source.name} cannot be loaded: {problem} and the download failed ({reason}); bring {archives} "
-            f"into {destination} by hand, or name with --data-dir the folder in which {source.folder} lies"
-        ) from error
-
-
-def _staging(source: Source, data_dir: Path) -> Path:
-    """Where a download stands until it is whole."""
-    return data_dir / f".{source.name}-download"
-
-
-def _archive_problem(source: Source, data_dir: Path) -> str | None:
-    for path, md5 in source.archives.items():
-        if (data_dir / path).is_file() and not check_integrity(data_dir / path, md5):
-            return f"{data_dir / path} is damaged (wrong checksum)"
-    if _staging(source, data_dir).exists():
-        return f"the download in {_staging(source, data_dir)} was interrupted"
-    return None
-
-
-def _has_whole_archives(source: Source, data_dir: Path) -> bool:
-    folders = (data_dir, _staging(source, data_dir))
-    return all(any(check_integrity(folder / path, md5) for folder in folders) for path, md5 in source.archives.items())
-
-
-def _refuse_offline(urls: Sequence[str]) -> None:
-    """Returns if one of the servers answers and raises ConnectionError if none does, soon in either case.
-
-    Threads, because looking up a name and trying all addresses of a host have no time-out of their own.
-    """
-    answers = queue.SimpleQueue()
-    for url in urls:
-        threading.Thread(target=lambda url=url: answers.put(_failure(url)), daemon=True).start()
-    for _ in urls:
-        try:
-            failure = answers.get(timeout=PATIENCE)
-        except queue.Empty:
-            raise ConnectionError(f"no answer from {urls[0]} within {PATIENCE:.0f} s") from None
-        if failure is None:
-            return
-    raise ConnectionError(failure)
-
-
-def _failure(url: str) -> str | None:
-    try:
-        urlopen(Request(url, method="HEAD"), timeout=PATIENCE).close()
-    except HTTPError:
-        return None  # a refusal is an answer: torchvision may know another way
-    except (OSError, HTTPException) as error:
-        return f"{url}: {error}"
-    return None
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Lets one process through at a time; the system frees the lock of one that dies."""
-    while True:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever had the lock has removed the file, and a third may hold a new one by now: start over.
-            if not _is_at(file.fileno(), lock):
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink()
-            return
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _download(source: Source, data_dir: Path) -> tuple[Split, Split]:
-    """Lets torchvision download into a folder beside, and moves the files to their place once whole."""
-    with suppress(Damaged):  # another process may have brought them while this one waited for the lock
-        return source.read(data_dir)
-    staging = _staging(source, data_dir)
-    _keep_whole_archives(source, data_dir, staging)
-    with _network_timeout():
-        source.download(staging)
-    halves = source.read(staging)
-    for file in source.files:
-        (data_dir / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / file, data_dir / file)
-    shutil.rmtree(staging, ignore_errors=True)
-    return halves
-
-
-def _keep_whole_archives(source: Source, data_dir: Path, staging: Path) -> None:
-    """Leaves in `staging` the whole archives, of an interrupted download or brought by hand, and no more.
-
-    torchvision downloads an archive with a wrong checksum again, but takes any unpacked file for whole.
-    """
-    for archive, md5 in source.archives.items():
-        if not check_integrity(staging / archive, md5) and check_integrity(data_dir / archive, md5):
-            (staging / archive).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(data_dir / archive, staging / archive)
-    for path in [path for path in staging.rglob("*") if path.is_file()]:
-        checksum = source.archives.get(path.relative_to(staging).as_posix(), "none: not an archive")
-        if not check_integrity(path, checksum):
-            path.unlink()
-
-
-@contextmanager
-def _network_timeout() -> Iterator[None]:
-    """torchvision opens its connections without a time-out, and a silent server would hold it for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def _image_folder(folder: Path, limit: int | None) -> Dataset:
-    """The images of train/CLASS/* and test/CLASS/*, classes ordered as in torchvision's ImageFolder.
-
-    Samples are interleaved, the first of every class, the second of every class, …, so that the first N are
-    balanced. Images that are all grey have one channel, else three; mean and deviation are those of the
-    training images used.
-    """
-    for half in ("train", "test"):
-        if not (folder / half).is_dir():
-            raise UserError(f"{folder} is no dataset: no folder {half}/ with one folder of images per class")
-        _refuse_link_out(folder / half, folder.resolve())
-        _refuse_bad_entries(folder / half, folder.resolve(), visited=set())
-    classes = _classes(folder / "train")
-    if len(classes) < 2:
-        raise UserError(f"{folder / 'train'} holds the one class {classes[0]}, at least 2 are needed")
-    train_paths, train_labels = _find_images(folder / "train", classes, limit)
-    test_paths, test_labels = _find_images(folder / "test", classes, limit)
-    images = _decode(train_paths + test_paths)
-    train = Split(images[: len(train_paths)], train_labels)
-    test = Split(images[len(train_paths) :], test_labels)
+    """A folder of images, with the mean and the deviation of the training images used."""
+    classes, train, test = image_folders.read(folder, limit)
+    train, test = Split(*train), Split(*test)
     offset, scale = _normalisation(train.inputs)
-    shift = min(IMAGE_SHIFT, *(size - 1 for size in images.shape[2:]))  # reflection needs a pixel more
-    return Dataset(str(folder), tuple(classes), train, test, offset, scale, shift, flip=True)
-
-
-def _refuse_bad_entries(folder: Path, root: Path, visited: set[str]) -> None:
-    """Refuses links out of `root`, links in circles, pipes and devices, at any depth below `folder`."""
-    visited.add(os.path.realpath(folder))
-    for entry in _scan(folder):
-        if entry.is_symlink():
-            _refuse_link_out(Path(entry.path), root)
-        if entry.is_dir():
-            if os.path.realpath(entry.path) in visited:
-                raise UserError(f"{entry.path} is a link to a folder that is read already")
-            _refuse_bad_entries(Path(entry.path), root, visited)
-        elif not entry.is_file():
-            raise UserError(f"{entry.path} is neither a file nor a folder")
-
-
-def _refuse_link_out(path: Path, root: Path) -> None:
-    if not Path(os.path.realpath(path)).is_relative_to(root):
-        raise UserError(f"{path} is a link to a place outside {root}, which is not followed")
-
-
-def _scan(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
-
-
-def _classes(folder: Path) -> list[str]:
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError:
-        raise UserError(f"{folder} is empty: one folder of images per class is needed") from None
-
-
-def _find_images(folder: Path, train_classes: list[str], limit: int | None) -> tuple[list[str], Tensor]:
-    """Paths and labels of the first images below `folder`, classes interleaved."""
-    classes = _classes(folder)
-    for name in classes:
-        if name not in train_classes:
-            raise UserError(f"{folder / name} is a class that {folder.with_name('train')} lacks")
-    class_to_index = {name: train_classes.index(name) for name in classes}  # test may lack some of train's
-    samples = make_dataset(folder, class_to_index, IMG_EXTENSIONS, allow_empty=True)
-    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)  # (N,)
-    for name, label in class_to_index.items():
-        if label not in labels:
-            raise UserError(f"{folder / name} holds no image (allowed are {', '.join(IMG_EXTENSIONS)})")
-    order = (_index_within_class(labels) * len(train_classes) + labels).argsort()[:limit]
-    return [samples[i][0] for i in order.tolist()], labels[order]
-
-
-def _decode(paths: list[str]) -> Tensor:
-    """The images, uint8 (N, 1 or 3, H, W), which must all have the size of the first."""
-    size = width, height = _open(paths[0])[0].size
-    images = _room_for((len(paths), 3, height, width))
-
-    def decode_some(start: int) -> bool:
-        """Decodes a few images, as a task each would cost as much as a small image; whether all are grey."""
-        are_grey = True
-        for i in range(start, min(start + IMAGES_PER_TASK, len(paths))):
-            image, is_grey = _open(paths[i])
-            if image.size != size:
-                found, first = (f"{width} × {height}" for width, height in (image.size, size))
-                raise UserError(f"{paths[i]} is {found} but {paths[0]} is {first}: all must have one size")
-            images[i] = np.asarray(image).transpose(2, 0, 1)
-            are_grey &= is_grey
-        return are_grey
-
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-        are_grey = all(list(pool.map(decode_some, range(0, len(paths), IMAGES_PER_TASK))))
-    return torch.from_numpy(images[:, :1].copy() if are_grey else images)
-
-
-def _room_for(shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        return np.empty(shape, dtype=np.uint8)
-    except MemoryError:
-        gigabytes = math.prod(shape) / 1e9
-        raise UserError(
-            f"--dataset: {shape[0]} images of {shape[3]} × {shape[2]} need {gigabytes:.0f} GB of memory, "
-            "more than there is: use smaller images or --limit"
-        ) from None
-
-
-def _open(path: str) -> tuple[Image.Image, bool]:
-    """The image as RGB, and whether it is grey."""
-    try:
-        with Image.open(path) as image:
-            mode, rgb = image.mode, image.convert("RGB")
-    except Exception as error:  # PIL's decoders answer broken files with a dozen kinds of exceptions
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-    if mode in DEEP_MODES:
-        raise UserError(f"{path} has more than 8 bits per channel (mode {mode}), allowed are 8")
-    return rgb, mode in GREY_MODES
+    shift = min(IMAGE_SHIFT, *(size - 1 for size in train.inputs.shape[2:]))  # reflection needs a pixel more
+    return Dataset(str(folder), classes, train, test, offset, scale, shift, flip=True)
 
 
 def _normalisation(images: Tensor) -> tuple[Tensor, Tensor]:

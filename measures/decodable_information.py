@@ -25,20 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets import Dataset, conditional_entropies, decodable_labels, digit_entropies
-from measures.heads import (
-    ENGINES,
-    Budget,
-    Family,
-    Head,
-    Samples,
-    bundles,
-    fastest,
-    groups,
-    head_epochs,
-    own_copy,
-    parts,
-    train,
-)
+from measures.engines import ENGINES, fastest
+from measures.heads import Budget, Family, Head, Samples, bundles, groups, head_epochs, own_copy, parts, train
 from measures.layers import matching
 from measures.measure import Measure
 from measures.passes import untouched

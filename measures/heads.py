@@ -1,36 +1,31 @@
 """The heads of DIB: copies of a network's decoders, many of them trained at once on activations that stay as they are.
 
-Engines train the same heads to the same numbers, up to rounding: one after the other (`LoopHeads`), by `vmap` over
-stacked parameters (`VmapHeads`), and for chains of linear maps by matrix products that serve the heads of all layers
-together (`ProductHeads`). `fastest` chooses. Rounding is 1e-4 nats in float32 and 1e-8 in float64 where Adam divides a
-gradient by its size that is nothing else, as that of a bias before batch norm.
+How a group of them computes is an engine's matter, in `engines.py`; here stand what they learn from, how they start and
+how long they train.
 
 Letters: N samples, B batch, C classes, K digits, d dimension of a layer, E head epochs, A heads trained together.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.nn import functional as F
 
+from measures.chains import chain, is_tail
+from measures.engines import OPTIMIZERS, Heads
 from run.errors import UserError
 from run.memory import CACHE_SHARE, free_memory
 from run.seeds import seed_from
 
 DECAY = 1 / 100  # of the rate over all head epochs, the authors' setting
-MOMENTUM = 0.9  # of SGD
 ENCODING_BATCH = 1000  # samples per forward pass when activations are kept
 EVALUATION_ELEMENTS = 2**19  # activations of the widest layer per batch where nothing is trained
+INITS = ("reset", "copy")
 REORDER_BYTES = 2**26  # up to here there is memory for a second copy, in the order of a head epoch
-ALIGNMENT = 16  # elements: every tensor of a head starts at a multiple of 64 bytes, as kernels like it
 Head = tuple[str, int]  # layer and digit; digit 0 is the most significant
 Activations = dict[str, Tensor]  # {layer: (B, …)}
 
@@ -71,7 +66,7 @@ class Budget:
             torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
-def train(stacks: Sequence["Heads"], samples: "Samples", budget: Budget, advance: Callable[[], None]) -> Tensor:
+def train(stacks: Sequence[Heads], samples: "Samples", budget: Budget, advance: Callable[[], None]) -> Tensor:
     """The heads' cross-entropies before training and after every head epoch, float64 (E + 1, A) on the CPU."""
     order = torch.arange(len(samples))
     num_steps, step = budget.epochs * len(parts(len(samples), budget.batch_size)), 0
@@ -88,7 +83,7 @@ def train(stacks: Sequence["Heads"], samples: "Samples", budget: Budget, advance
     return losses.where(losses.isfinite(), torch.nan)
 
 
-def evaluate(stacks: Sequence["Heads"], samples: "Samples", batch_size: int) -> Tensor:
+def evaluate(stacks: Sequence[Heads], samples: "Samples", batch_size: int) -> Tensor:
     """Each head's mean cross-entropy over all samples, in eval mode, float64 (A,)."""
     widest = max(len(heads.heads) * samples.pair[layer][0].numel() for heads in stacks for layer, _ in heads.heads)
     size = max(batch_size, EVALUATION_ELEMENTS // widest)
@@ -274,413 +269,3 @@ def bundles(
             plan.append(([group], True))
             free = room - size
     return [*plan, (too_large, False)] if too_large else plan
-
-
-class Heads:
-    """Heads that are trained together on the sum of their cross-entropies, so that each gets what it would
-    alone.
-
-    Their parameters lie in one vector and so do the gradients: an optimizer's step is a few calls for all of
-    them.
-    """
-
-    def __init__(self, group: tuple[Family, ...], trained: Sequence[Tensor], autocast: torch.dtype | None) -> None:
-        self.heads = [head for family in group for head in family.heads]
-        self.dtype, self.device = trained[0].dtype, trained[0].device
-        self._rows = torch.tensor([digit for _, digit in self.heads], device=self.device)
-        self._autocast = autocast
-        priors = [family.log_prior for family in group]
-        self._log_prior = None if priors[0] is None else torch.cat(priors)[:, :, None]  # (A, C, 1)
-        sizes = [-tensor.numel() // ALIGNMENT * -ALIGNMENT for tensor in trained]
-        values = trained[0].new_zeros(sum(sizes))
-        gradients = torch.zeros_like(values)  # memory of its own: autograd watches for writes beside the values
-        self.trained = []  # leaves that share the vectors' memory
-        for tensor, *shares in zip(trained, values.split(sizes), gradients.split(sizes), strict=True):
-            leaf, gradient = (share[: tensor.numel()].view_as(tensor).detach() for share in shares)
-            leaf.copy_(tensor).requires_grad_().grad = gradient
-            self.trained.append(leaf)
-        self._gradients = gradients
-        self._optimizer = OPTIMIZERS[group[0].budget.optimizer](values, gradients)
-
-    def step(self, activations: Activations, digits: Tensor, rate: float, step: int) -> None:
-        """Train on a batch: activations {layer: (B, …)}, digits (K, B)."""
-        with self._precision():
-            self._backward(activations, digits.index_select(0, self._rows), step)
-        self._optimizer.update(rate)
-
-    def cross_entropies(self, activations: Activations, digits: Tensor) -> Tensor:
-        """Each head's cross-entropy summed over a batch, in eval mode, float64 (A,)."""
-        with self._precision():
-            logits = self._logits(activations, training=False)  # (A, C, B)
-        target = digits.index_select(0, self._rows)[:, None]  # (A, 1, B)
-        log_p = F.log_softmax(logits, 1).gather(1, target)
-        return -log_p.sum((1, 2), dtype=torch.float64)
-
-    def states(self) -> dict[Head, dict[str, Tensor]]:
-        """Copies of the heads' tensors on the CPU, by their names in the decoder."""
-        raise NotImplementedError
-
-    def _backward(self, activations: Activations, digits: Tensor, step: int) -> None:
-        """Set the gradients of the sum over heads of the mean cross-entropy; digits (A, B)."""
-        with torch.enable_grad():
-            logits = self._logits(activations, training=True)
-            loss = F.cross_entropy(logits, digits, reduction="none").mean(1).sum()
-        self._gradients.zero_()
-        loss.backward()
-
-    def _logits(self, activations: Activations, training: bool) -> Tensor:
-        """(A, C, B)."""
-        raise NotImplementedError
-
-    def _precision(self) -> AbstractContextManager:
-        kind = self.device.type
-        if self._autocast is None and not torch.is_autocast_enabled(kind):
-            return nullcontext()
-        return torch.autocast(kind, self._autocast, enabled=self._autocast is not None)
-
-
-class LoopHeads(Heads):
-    """Modules that are called one after the other: for decoders that draw random numbers, and large ones."""
-
-    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None) -> None:
-        (self.family,) = group
-        self.modules = []
-        for state in self.family.states():
-            self.modules.append(deepcopy(self.family.decoder))
-            self.modules[-1].load_state_dict(state)
-        parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
-        super().__init__(group, [p.detach() for p in parameters], autocast)
-        for parameter, leaf in zip(parameters, self.trained, strict=True):
-            parameter.data, parameter.grad = leaf.detach(), leaf.grad
-
-    def states(self) -> dict[Head, dict[str, Tensor]]:
-        """Copies of the heads' tensors on the CPU, by their names in the decoder."""
-        states = [module.state_dict() for module in self.modules]
-        return {
-            head: {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-            for head, state in zip(self.heads, states, strict=True)
-        }
-
-    def _backward(self, activations: Activations, digits: Tensor, step: int) -> None:
-        self._gradients.zero_()
-        for i, head in enumerate(self.heads):
-            self.family.budget.seed_head(self.device, head, step)
-            with torch.enable_grad():
-                loss = F.cross_entropy(self._head_logits(i, activations, training=True), digits[i])
-            loss.backward()
-
-    def _logits(self, activations: Activations, training: bool) -> Tensor:
-        return torch.stack([self._head_logits(i, activations, training).mT for i in range(len(self.heads))])
-
-    def _head_logits(self, i: int, activations: Activations, training: bool) -> Tensor:
-        logits = self.modules[i].train(training)(activations[self.family.layer].to(self.dtype)).to(self.dtype)
-        return logits if self._log_prior is None else logits + self._log_prior[i].mT  # (B, C)
-
-
-class VmapHeads(Heads):
-    """One layer's decoder mapped over its heads' stacked tensors: convolutions become grouped convolutions.
-
-    Batch norm's statistics are stacked as well and updated in place, each head's by its own batches.
-    """
-
-    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None) -> None:
-        (self.family,) = group
-        self._decoder = self.family.decoder
-        self._tensors = stacked(list(self.family.states()))
-        names = [name for name, parameter in self._decoder.named_parameters() if parameter.requires_grad]
-        super().__init__(group, [self._tensors[name] for name in names], autocast)
-        self._tensors |= dict(zip(names, self.trained, strict=True))
-        self._map = vmap(partial(functional_call, self._decoder), in_dims=(0, None), randomness="error")
-
-    def states(self) -> dict[Head, dict[str, Tensor]]:
-        """Copies of the heads' tensors on the CPU, by their names in the decoder."""
-        tensors = {name: tensor.detach().cpu() for name, tensor in self._tensors.items()}
-        return {
-            head: {name: tensor[i].clone() for name, tensor in tensors.items()} for i, head in enumerate(self.heads)
-        }
-
-    def _logits(self, activations: Activations, training: bool) -> Tensor:
-        self._decoder.train(training)
-        h = activations[self.family.layer].to(self.dtype)
-        logits = self._map(self._tensors, h).to(self.dtype).mT
-        return logits if self._log_prior is None else logits + self._log_prior
-
-
-def stacked(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors (A, …) of the heads' tensors of the same name."""
-    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
-
-
-def vmappable(decoder: nn.Module, pair: Tensor) -> bool:
-    """Whether vmap can train this decoder: it cannot if the decoder draws random numbers or looks at its
-    values."""
-    tensors = stacked([decoder.state_dict()] * 2)
-    try:
-        vmap(partial(functional_call, decoder.train()), in_dims=(0, None), randomness="error")(tensors, pair)
-    except RuntimeError:
-        return False
-    return True
-
-
-class ProductHeads(Heads):
-    """Chains of linear maps, non-linearities and batch norm as batched matrix products, for several layers at
-    once.
-
-    The chain after a layer is the tail of the chain after the layer before it. So the heads of the first
-    layer run alone up to the second layer, from there those of both run in the same products, and so on.
-    Activations are (A, d, B) inside. Gradients are written out where small networks spend their time, in
-    linear maps and tanh.
-    """
-
-    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None) -> None:
-        states = {}
-        for family in group:
-            states |= zip(family.heads, family.states(), strict=True)
-        chain = group[0].chain
-        self._stages = [stage_type(m)(group, len(chain) - i, states) for i, (_, m) in enumerate(chain)]
-        tensors = [(stage.tensors, name) for stage in self._stages for name in stage.trained]
-        # Autocast does not reach products that write into given memory, so these heads do without.
-        super().__init__(group, [owner[name] for owner, name in tensors], autocast=None)
-        for (owner, name), leaf in zip(tensors, self.trained, strict=True):
-            owner[name] = leaf
-        self._minus_one = self.trained[0].new_full((1, 1, 1), -1.0)
-
-    def states(self) -> dict[Head, dict[str, Tensor]]:
-        """Copies of the heads' tensors on the CPU, by their names in the decoder."""
-        states: dict[Head, dict[str, Tensor]] = {head: {} for head in self.heads}
-        for stage in self._stages:
-            for name, tensor in stage.tensors.items():
-                for (head, prefix), own in zip(stage.owners, tensor.detach().cpu(), strict=True):
-                    states[head][prefix + name] = own.clone()
-        return states
-
-    def _logits(self, activations: Activations, training: bool) -> Tensor:
-        h = None
-        for stage in self._stages:
-            h = stage.forward(stage.joined(h, activations, self.dtype), training)
-        return h if self._log_prior is None else h + self._log_prior
-
-    def _backward(self, activations: Activations, digits: Tensor, step: int) -> None:
-        g = self._logits(activations, training=True).softmax(1)  # (A, C, B)
-        target = digits[:, None]
-        g.scatter_add_(1, target, self._minus_one.expand_as(target)).div_(digits.shape[1])
-        for stage in reversed(self._stages):
-            g = stage.backward(g)
-
-
-class Stage:
-    """One operation of the chains, for all heads whose layer lies before it; h and g are (A, d, B)."""
-
-    def __init__(self, group: tuple[Family, ...], back: int, states: dict[Head, dict[str, Tensor]]) -> None:
-        """The operation that is number `back` from the end of the chains."""
-        present = [family for family in group if len(family.chain) >= back]
-        self.owners = [(head, family.chain[-back][0]) for family in present for head in family.heads]
-        self.entering = [(family.layer, len(family.heads)) for family in present if len(family.chain) == back]
-        self.num_upstream = len(self.owners) - sum(count for _, count in self.entering)
-        self.module = group[0].chain[-back][1]
-        self.trained = [name for name, _ in self.module.named_parameters()]
-        self.tensors = {
-            name: torch.stack([states[head][prefix + name] for head, prefix in self.owners])
-            for name in self.module.state_dict()
-        }
-
-    def joined(self, h: Tensor | None, activations: Activations, dtype: torch.dtype) -> Tensor:
-        """The input: what the stage before gave, and the activations of the layers whose heads come in
-        here."""
-        incoming = [activations[layer].flatten(1).to(dtype).T.expand(count, -1, -1) for layer, count in self.entering]
-        given = incoming if h is None else [h, *incoming]
-        return given[0] if len(given) == 1 else torch.cat(given)
-
-    def forward(self, h: Tensor, training: bool) -> Tensor:
-        """The operation's output; in training it may keep what `backward` needs."""
-        raise NotImplementedError
-
-    def backward(self, g: Tensor) -> Tensor:
-        """From the gradient of the output, that of the tensors (into `.grad`) and of what the stage before
-        gave."""
-        raise NotImplementedError
-
-
-class Affine(Stage):
-    """W h + b."""
-
-    def forward(self, h: Tensor, training: bool) -> Tensor:
-        """(A, d_out, B)."""
-        self._h = h
-        W = self.tensors["weight"]  # (A, d_out, d_in)
-        if "bias" not in self.tensors:
-            return torch.bmm(W, h)
-        return torch.baddbmm(self.tensors["bias"][:, :, None], W, h)
-
-    def backward(self, g: Tensor) -> Tensor:
-        """∂W = g hᵀ, ∂b = Σ_B g, ∂h = Wᵀ g."""
-        W = self.tensors["weight"]
-        torch.bmm(g, self._h.mT, out=W.grad)
-        if "bias" in self.tensors:
-            torch.sum(g, 2, out=self.tensors["bias"].grad)
-        return torch.bmm(W[: self.num_upstream].mT, g[: self.num_upstream])
-
-
-class Tanh(Stage):
-    """tanh z = 2 σ(2z) − 1, to rounding: on a CPU five times as fast as `torch.tanh`."""
-
-    _minus_one = torch.tensor(-1.0)
-
-    def forward(self, h: Tensor, training: bool) -> Tensor:
-        """tanh h."""
-        self._y = (2 * h).sigmoid_()
-        torch.add(self._minus_one, self._y, alpha=2, out=self._y)
-        return self._y
-
-    def backward(self, g: Tensor) -> Tensor:
-        """(1 − y²) g."""
-        y, g = self._y[: self.num_upstream], g[: self.num_upstream]
-        return torch.addcmul(g, g * y, y, value=-1)
-
-
-class Differentiated(Stage):
-    """A module that autograd differentiates."""
-
-    def forward(self, h: Tensor, training: bool) -> Tensor:
-        """The module's output."""
-        with torch.set_grad_enabled(training):
-            self._h = h.detach().requires_grad_()
-            self._y = self.call(self._h, training)
-        return self._y.detach()
-
-    def backward(self, g: Tensor) -> Tensor:
-        """∂h, and ∂ of the tensors into their `.grad`."""
-        trained = [self.tensors[name] for name in self.trained]
-        gradients = torch.autograd.grad(self._y, [self._h, *trained], g)
-        for tensor, gradient in zip(trained, gradients[1:], strict=True):
-            tensor.grad.copy_(gradient)
-        return gradients[0][: self.num_upstream]
-
-    def call(self, h: Tensor, training: bool) -> Tensor:
-        """The non-linearity, element by element."""
-        return self.module(h)
-
-
-class BatchNorm(Differentiated):
-    """Batch norm of every feature of every head: its own batch's statistics in training, running ones
-    else."""
-
-    def call(self, h: Tensor, training: bool) -> Tensor:
-        """All heads' features as the channels of one batch norm."""
-        if training and "num_batches_tracked" in self.tensors:
-            self.tensors["num_batches_tracked"] += 1
-        mean, variance, weight, bias = (
-            self.tensors[name].flatten() if name in self.tensors else None
-            for name in ("running_mean", "running_var", "weight", "bias")
-        )
-        momentum, eps = self.module.momentum, self.module.eps
-        flat = h.reshape(1, -1, h.shape[2])  # (1, A · d, B)
-        own = training or mean is None
-        return F.batch_norm(flat, mean, variance, weight, bias, own, momentum, eps).view_as(h)
-
-
-POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Hardtanh)
-STAGES = {
-    nn.Linear: Affine,
-    nn.Tanh: Tanh,
-    nn.BatchNorm1d: BatchNorm,
-    **dict.fromkeys(POINTWISE, Differentiated),
-}
-
-
-def stage_type(module: nn.Module) -> type[Stage] | None:
-    """The stage that computes what this module computes, also where a subclass only starts differently."""
-    for kind, stage in STAGES.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            return stage
-    return None
-
-
-def chain(decoder: nn.Module, num_dimensions: int) -> list[tuple[str, nn.Module]] | None:
-    """The modules that compute, each with the prefix of its tensors' names, if `ProductHeads` can work on
-    them.
-
-    It can on chains of linear maps, non-linearities and batch norm that flatten first; else the answer is
-    None.
-    """
-    links, is_flat = [], num_dimensions == 2
-    for prefix, module in leaves(decoder):
-        is_flat |= isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-        if isinstance(module, nn.Identity | nn.Flatten):
-            continue
-        if not is_flat or not is_plain(module):
-            return None
-        links.append((prefix, module))
-    return links
-
-
-def leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """What a sequence, or sequences within it, call one after the other, with the prefix of its tensors'
-    names."""
-    if type(module) is not nn.Sequential:
-        yield prefix, module
-        return
-    for name, child in module.named_children():
-        yield from leaves(child, f"{prefix}{name}.")
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a stage computes what this module does and all of its parameters are trained."""
-    learnt = all(parameter.requires_grad for parameter in module.parameters())
-    cumulative = isinstance(module, nn.BatchNorm1d) and module.momentum is None
-    return learnt and not cumulative and stage_type(module) is not None
-
-
-def is_tail(chain: list[tuple[str, nn.Module]] | None, longer: list[tuple[str, nn.Module]] | None) -> bool:
-    """Whether a chain does what the end of the longer one does."""
-    if not chain or not longer:
-        return False
-    return [repr(module) for _, module in chain] == [repr(module) for _, module in longer[-len(chain) :]]
-
-
-class Adam:
-    """Adam (betas 0.9 and 0.999, eps 1e-8) of a vector: what `torch.optim.Adam` does at a third of its
-    overhead."""
-
-    def __init__(self, values: Tensor, gradients: Tensor) -> None:
-        self.values, self.gradients = values, gradients
-        self.m, self.v = torch.zeros_like(values), torch.zeros_like(values)
-        self.steps = 0
-
-    def update(self, rate: float) -> None:
-        """One step."""
-        self.steps += 1
-        self.m.lerp_(self.gradients, 1 - 0.9)
-        self.v.mul_(0.999).addcmul_(self.gradients, self.gradients, value=1 - 0.999)
-        unbiased = (self.v / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
-        self.values.addcdiv_(self.m, unbiased, value=-rate / (1 - 0.9**self.steps))
-
-
-class SGD:
-    """Gradient descent with momentum, as in `torch.optim.SGD`."""
-
-    def __init__(self, values: Tensor, gradients: Tensor) -> None:
-        self.values, self.gradients = values, gradients
-        self.velocity = torch.zeros_like(values)
-
-    def update(self, rate: float) -> None:
-        """One step."""
-        self.velocity.mul_(MOMENTUM).add_(self.gradients)
-        self.values.add_(self.velocity, alpha=-rate)
-
-
-OPTIMIZERS = {"adam": Adam, "sgd": SGD}
-INITS = ("reset", "copy")
-ENGINES = {"products": ProductHeads, "vmap": VmapHeads, "loop": LoopHeads}
-
-
-def fastest(group: tuple[Family, ...]) -> str:
-    """The engine for these heads, a key of ENGINES, as `benchmarks/dib_heads.py` finds it.
-
-    Convolutions have enough work per call, and as grouped convolutions, which vmap makes of them, they run slower.
-    """
-    family = group[0]
-    if family.chain:
-        return "products"
-    convolves = any(parameter.ndim > 2 for parameter in family.decoder.parameters())
-    return "vmap" if not convolves and vmappable(family.decoder, family.pair) else "loop"

@@ -61,7 +61,7 @@ class Measure(Callback):
 
     @staticmethod
     def plan(args: Namespace, dataset: Dataset) -> dict[str, Any]:
-        """What follows from flags and data, for `hparams.yaml`. Refuses, before a run begins, data it cannot measure."""
+        """What follows from flags and data, for `hparams.yaml`. Refuses data that it cannot measure."""
         return {}
 
     @staticmethod

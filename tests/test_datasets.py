@@ -29,6 +29,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import datasets
+import downloads
+import image_folders
 from datasets import Batches, Dataset, Split, decodable_labels, digit_entropies, load, szt
 from run.errors import UserError
 
@@ -347,8 +349,8 @@ def test_a_hostile_cifar10_pickle_is_never_unpickled(cifar10, server, tmp_path):
 def test_any_bytes_are_an_idx_file_or_damaged(tmp_path_factory, content, has_magic, num_dimensions):
     path = tmp_path_factory.mktemp("idx") / "file"
     path.write_bytes(bytes([0, 0, 8, num_dimensions]) * has_magic + content)
-    with contextlib.suppress(datasets.Damaged):
-        assert datasets._read_idx(path, num_dimensions, "").ndim == num_dimensions
+    with contextlib.suppress(downloads.Damaged):
+        assert downloads._read_idx(path, num_dimensions, "").ndim == num_dimensions
 
 
 def test_offline_without_data_is_one_sentence_and_leaves_nothing(offline, tmp_path):
@@ -659,7 +661,7 @@ def test_an_image_with_flipped_bytes_is_read_or_refused(tmp_path_factory, suffix
         content[position % len(content)] ^= change
     path.write_bytes(content)
     with contextlib.suppress(UserError):
-        datasets._decode([str(path)])
+        image_folders._decode([str(path)])
 
 
 def test_links_inside_the_folder_are_followed(folder):

@@ -23,7 +23,8 @@ import main
 from datasets import conditional_entropies, decodable_labels, digit_entropies
 from measures import decodable_information as module
 from measures.decodable_information import decodable_information, numbered_at_random, sufficiency
-from measures.heads import ENGINES, SGD, Adam, Budget, head_epochs, parts
+from measures.engines import ENGINES, SGD, Adam
+from measures.heads import Budget, head_epochs, parts
 from networks import MLP, CIFARNet, MNISTNet, Network
 from run.errors import UserError
 
