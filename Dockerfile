@@ -19,10 +19,11 @@ RUN TMPDIR="$(mktemp -d)" && export TMPDIR \
     && python -c "import torch; torch.compile(torch.sin)(torch.ones(8))" \
     && rm -r "$TMPDIR"
 
-# data/, lightning_logs/ and figures/ come below, of whoever runs it: 57439, the base image's user, or --user.
+# data/, lightning_logs/ and plots/ come below, of whoever runs it: 57439, the base image's user, or --user.
 USER 0
 WORKDIR /master_thesis
 COPY *.py plots.ipynb ./
+COPY figures/*.py figures/
 RUN chmod -R a+rX . && chmod 777 .
 USER 57439:57439
 

@@ -23,7 +23,8 @@ from stand_ins import ROOT, StandIns, tool
 
 PYPI_NAMES = {"pytorch": "torch"}  # where conda calls a package otherwise
 BY_THE_NOTEBOOK = {"ipykernel"}  # imported by nobody, named by the notebook's kernel
-IN_THE_IMAGE = {*(path.name for path in ROOT.glob("*.py")), "plots.ipynb", "environment.yaml"}
+PROGRAM = [*ROOT.glob("*.py"), *(path for name in ("figures", "measures", "run") for path in ROOT.glob(f"{name}/*.py"))]
+IN_THE_IMAGE = {*(str(path.relative_to(ROOT)) for path in PROGRAM), "plots.ipynb", "environment.yaml"}
 TORCH = """
 import os, tempfile
 from types import SimpleNamespace
@@ -107,7 +108,7 @@ def imports(*paths):
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    own = {path.stem for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")}
+    own = {path.stem for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")} | {"figures"}
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - own
 
 
@@ -130,7 +131,7 @@ def with_their_own(names):
 
 
 def test_every_import_of_the_program_is_listed_and_every_listed_package_imported():
-    used = packages(imports(*ROOT.glob("*.py"), ROOT / "plots.ipynb"))
+    used = packages(imports(*PROGRAM, ROOT / "plots.ipynb"))
     assert used <= with_their_own(PIP)
     assert PIP.keys() - used == BY_THE_NOTEBOOK
     assert json.loads((ROOT / "plots.ipynb").read_text())["metadata"]["kernelspec"]["name"] == "python3"
@@ -171,7 +172,7 @@ def sources():
 
 @pytest.mark.parametrize("recipe", ["Dockerfile", "master_thesis.def"])
 def test_the_program_goes_into_the_image_and_nothing_else(recipe):
-    found = {pattern: {path.name for path in ROOT.glob(pattern)} for pattern in sources()[recipe]}
+    found = {pattern: {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)} for pattern in sources()[recipe]}
     assert all(found.values()), found
     assert set().union(*found.values()) == IN_THE_IMAGE
 
@@ -179,7 +180,7 @@ def test_the_program_goes_into_the_image_and_nothing_else(recipe):
 def test_docker_is_sent_what_it_copies_and_no_data_results_or_history():
     assert not [name for name in IN_THE_IMAGE if is_ignored(name)]
     others = [".git/HEAD", ".venv/bin/python", "data/README.md", "data/MNIST/raw/x.py", "lightning_logs/version_0/x.py",
-              "tests/conftest.py", "README.md", "master_thesis.sif"]  # fmt: skip
+              "tests/conftest.py", "figures/x.png", "README.md", "master_thesis.sif"]  # fmt: skip
     assert [name for name in others if not is_ignored(name)] == []
 
 
@@ -359,7 +360,8 @@ def runscript(stand_ins, tmp_path):
     image = tmp_path / "image"
     image.mkdir()
     for name in IN_THE_IMAGE:
-        shutil.copy(ROOT / name, image)
+        (image / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, image / name)
     script = SECTIONS["runscript"].replace("/opt/master_thesis", str(image))
     script = script.replace("/usr/local/bin/_entrypoint.sh", "_entrypoint.sh")
     return lambda *argv, cwd: stand_ins.run("sh", "-euc", script, "runscript", *argv, cwd=cwd)

@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import LogNorm
 
+import neural_collapse
 import plots
-from measures import neural_collapse
-from run.errors import UserError
-from runs import MAX_SETTINGS, Run, compare
+from errors import UserError
+from figures.runs import Run
+from figures.settings import MAX_SETTINGS, compare
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]

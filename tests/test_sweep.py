@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
+from figures.runs import load
+from figures.settings import compare
 from flags import get_args
 from main import main
 from run import sweep
 from run.slurm import port_of_run
 from run.sweep import command
 from run.tables import seeds_table
-from runs import compare, load
 
 LOGS = Path("lightning_logs")
 STAND_IN = """

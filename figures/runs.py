@@ -1,7 +1,6 @@
-"""What runs left behind, as tables: a `Run` is one folder, a `Setting` runs that differ in their seed alone.
+"""A run's folder as tables: pandas frames of E epochs × L layers, layers in network order.
 
-Tables are pandas frames of E epochs × L layers, layers in network order. Whatever is damaged or missing in a
-folder is left out, and said in a sentence.
+Whatever is damaged or missing in a folder is left out, and said in a sentence.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from run.errors import UserError
+from errors import UserError
 
 if TYPE_CHECKING:  # pandas takes half a second to import, which is done once there is something to read
     from pandas import DataFrame
@@ -28,14 +24,7 @@ SPLITS = ("train", "test")
 LAYER_COLUMN = re.compile(r"(?:nc1/(?:train|test)|dib/(?:loss|minimality)|rank/\w+/(?:train|test))/(.+)")
 RUN_FILES = ("metrics.csv", "hparams.yaml", "lr_range_test.csv")
 HEAD_COLUMNS = ["epoch", "layer", "digit", "head_epoch", "cross_entropy"]
-MAX_SETTINGS = 7  # as many as there are colors that everyone can tell apart
 LARGEST = 1e100  # a value beyond counts as infinite: the axes of a figure would overflow
-# Flags that say where and how to compute, not what: runs that differ in them are still one setting.
-BOOKKEEPING = {
-    *("log_dir", "name", "seed", "resume", "resumed_from", "config", "provenance", "data_dir", "lr_range_test"),
-    *("accelerator", "devices", "num_nodes", "threads", "strategy", "compile", "cache_gb"),
-    *("keep_going", "save_every", "dib_save", "plots", "quiet"),
-}
 
 
 def load(
@@ -170,8 +159,8 @@ class Run:
             return
         parent = Run(folder, known)
         start = min(self.metrics.index, default=math.inf)  # what the parent did from here on was done anew
-        self.metrics = _concat([parent.metrics[parent.metrics.index < start], self.metrics])
-        self.heads = _concat([parent.heads[parent.heads["epoch"] < start], self.heads])
+        self.metrics = concat([parent.metrics[parent.metrics.index < start], self.metrics])
+        self.heads = concat([parent.heads[parent.heads["epoch"] < start], self.heads])
         self.ancestors = (folder, *parent.ancestors)
         self.notes += parent.notes
 
@@ -271,7 +260,7 @@ def _by_epoch(rows: DataFrame) -> DataFrame:
     return rows.astype({"epoch": int}).groupby("epoch").last()
 
 
-def _concat(tables: Sequence[DataFrame]) -> DataFrame:
+def concat(tables: Sequence[DataFrame]) -> DataFrame:
     """The rows of all tables that have any."""
     import pandas as pd
 
@@ -281,138 +270,3 @@ def _concat(tables: Sequence[DataFrame]) -> DataFrame:
 def number(value: object) -> float:
     """A number from a file, nan if it is none."""
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-class Band(NamedTuple):
-    """The tables of several runs, summed up."""
-
-    mean: DataFrame
-    low: DataFrame
-    high: DataFrame
-
-    @classmethod
-    def over(cls, tables: Sequence[DataFrame], log: bool = False) -> Band:
-        """Mean (`log`: geometric, of what is positive), lowest and highest of all that stands in a place."""
-        stacked = _concat(tables)
-        rows = (np.log(stacked.where(stacked > 0)) if log else stacked).groupby(level=0)
-        mean, low, high = rows.mean(), rows.min(), rows.max()
-        return cls(*map(np.exp, (mean, low, high))) if log else cls(mean, low, high)
-
-    def over_depth(self, layers: Sequence[str]) -> Band:
-        """The same with depths 1, 2, …, L as rows and epochs as columns."""
-        return Band(*(table.T.reindex(layers).set_axis(range(1, len(layers) + 1)) for table in self))
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Runs that differ in nothing but the seed, and what a figure calls them."""
-
-    runs: tuple[Run, ...]
-    label: str
-
-    @property
-    def title(self) -> str:
-        """The label with the number of runs, and how many of them are as long as the longest."""
-        if len(self.runs) == 1:
-            return self.label
-        last = [max(run.metrics.index, default=-1) for run in self.runs]
-        cut_short = f", {last.count(max(last))} to epoch {max(last)}" if min(last) < max(last) else ""
-        return f"{self.label} ({len(self.runs)} runs{cut_short})"
-
-    @functools.cached_property
-    def layers(self) -> list[str]:
-        return list(dict.fromkeys(layer for run in self.runs for layer in run.layers))
-
-    @property
-    def measures(self) -> list[str]:
-        return list(dict.fromkeys(measure for run in self.runs for measure in run.measures))
-
-    @property
-    def measured_epochs(self) -> list[int]:
-        """The epochs after which any run measured anything."""
-        tables = [run.table(measure) for run in self.runs for measure in run.measures]
-        return sorted({epoch for table in tables for epoch in table.index})
-
-    @property
-    def head_epochs(self) -> list[int]:
-        return sorted({epoch for run in self.runs for epoch in run.head_epochs})
-
-    def has(self, *measures: str) -> bool:
-        """Whether each of the measures was made in some run."""
-        return all(any(not run.table(measure).empty for run in self.runs) for measure in measures)
-
-    def band(self, measure: str, log: bool = False) -> Band:
-        return Band.over([run.table(measure) for run in self.runs], log)
-
-    def head_losses(self, epoch: int) -> Band:
-        return Band.over([run.head_losses(epoch) for run in self.runs])
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The settings to draw side by side, of all that there are, and what they have in common."""
-
-    settings: tuple[Setting, ...]
-    num_settings: int
-    subject: str
-
-    def heading(self, what: str, sums_up: bool = True) -> str:
-        """What a figure shows, of which runs, and, if it sums them up, how."""
-        several = any(len(setting.runs) > 1 for setting in self.settings)
-        shown = len(self.settings)
-        alone = self.settings[0] if self.num_settings == 1 else None
-        parts = [
-            what,
-            alone.title if alone else self.subject,
-            alone.runs[0].folder.resolve().name if alone and not several else "",
-            "lines: mean over runs, bands: lowest to highest" if several and sums_up else "",
-            f"the first {shown} of {self.num_settings} settings" if shown < self.num_settings else "",
-        ]
-        return " · ".join(filter(None, parts))
-
-    def name(self, setting: Setting) -> str:
-        """What tells a setting from the others; nothing if there are no others."""
-        return setting.title if self.num_settings > 1 else ""
-
-
-def compare(runs: Run | Sequence[Run]) -> Comparison:
-    """Groups runs into settings and labels these by the flags in which they differ."""
-    runs = [runs] if isinstance(runs, Run) else runs
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(sorted(_flags(run).items())), []).append(run)
-    flags = [_flags(group[0]) for group in groups.values()]
-    names = dict.fromkeys(["model", "dataset", *(name for each in flags for name in each)])
-    differing = [name for name in names if len({each.get(name) for each in flags}) > 1]
-    common = [flags[0][name] for name in ("model", "dataset") if name in flags[0] and name not in differing]
-    subject = " on ".join(common)
-    labels = _labels(flags, differing) if differing else [subject or str(runs[0].folder)]
-    settings = [Setting(tuple(group), label) for group, label in zip(groups.values(), labels, strict=True)]
-    return Comparison(tuple(settings[:MAX_SETTINGS]), len(settings), subject)
-
-
-def _flags(run: Run) -> dict[str, str]:
-    """Each flag of a run in words; a run whose flags are unknown equals no other."""
-    known = {str(flag): value for flag, value in run.hparams.items() if flag not in BOOKKEEPING}
-    if run.hparams.get("lr_range_test"):
-        known["learning_rate"] = "from range test"  # which chooses another one for every seed
-    return {flag: _in_words(flag, value) for flag, value in known.items()} or {"folder": str(run.folder)}
-
-
-def _in_words(flag: str, value: object) -> str:
-    """A flag as one says it: nonlinearity relu; batch-norm; no batch-norm; MLP."""
-    name = flag.replace("_", "-")
-    if value is None or isinstance(value, bool):
-        return name if value else f"no {name}"
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if flag in ("model", "dataset") else f"{name} {text}"
-
-
-def _labels(flags: Sequence[dict[str, str]], differing: Sequence[str]) -> list[str]:
-    """A label per setting: the flags that differ, the first four unless it takes more to tell all apart."""
-    for num_shown in range(min(4, len(differing)), len(differing) + 1):
-        words = [[each.get(flag, f"{flag} unknown") for flag in differing[:num_shown]] for each in flags]
-        if len({*map(tuple, words)}) == len(words):
-            break
-    hidden = [f"{len(differing) - num_shown} more"] if num_shown < len(differing) else []
-    return [", ".join(each + hidden) for each in words]

@@ -1,0 +1,1 @@
+"""What runs left behind, read and drawn: `plots.py` chooses and calls."""
