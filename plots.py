@@ -24,6 +24,8 @@ from errors import UserError
 from figures.collapse import nc1_over_depth, nc1_over_epochs
 from figures.decodable import head_losses, minimality_over_epochs, nc1_against_minimality, sufficiency_minimality
 from figures.heat_maps import heat_map
+from figures.labels import family_of, is_known, label_of
+from figures.layerwise import measure_over_epochs
 from figures.pages import write
 from figures.range_test import lr_range_test
 from figures.rank import rank_over_depth, rank_over_epochs
@@ -47,7 +49,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the figures and print their paths. Exit status: 0 done, 1 error, 2 wrong flag, 130 Ctrl-C."""
+    """Write the figures, print their paths. Exit status: 0 done, 1 error, 2 wrong flag, 130 Ctrl-C."""
     args = get_args(argv)
     try:
         _write_all(load(args.runs, say=_say), Path(args.output), args.format)
@@ -70,11 +72,21 @@ def figures(runs: Run | Sequence[Run]) -> Iterator[tuple[str, Figure]]:
     for function, split in itertools.product((rank_over_epochs, rank_over_depth), SPLITS):
         yield f"{function.__name__}_{split}", function(runs, split)
         yield f"{function.__name__}_class_means_{split}", function(runs, split, class_means=True)
-    for measure in dict.fromkeys(measure for setting in settings for measure in setting.measures):
-        yield f"heat_map_{re.sub('[^A-Za-z0-9_.-]', '_', measure)}", heat_map(runs, measure)
+    measures = [measure for setting in settings for measure in setting.measures if not label_of(measure).aside]
+    for measure in dict.fromkeys(measures):
+        yield f"heat_map_{_file_name(measure)}", heat_map(runs, measure)
+    for family in dict.fromkeys(family_of(measure) for measure in measures if not is_known(measure)):
+        yield f"{_file_name(family)}_over_epochs", measure_over_epochs(runs, family)
+
+
+def _file_name(measure: str) -> str:
+    return re.sub("[^A-Za-z0-9_.-]", "_", measure)
 
 
 def _write_all(runs: Sequence[Run], folder: Path, file_format: str) -> None:
+    left_out = compare(runs).left_out
+    if left_out:
+        _say(f"every figure shows {left_out}")
     missing = []
     for name, figure in figures(runs):
         if any(ax.axison for ax in figure.axes):

@@ -1,11 +1,14 @@
-"""Lines and the axes under them: labels, scales, ticks."""
+"""Lines and the axes under them: labels, scales, ticks, and what lies outside."""
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from figures.labels import label_of
 from figures.settings import Band, Setting
@@ -14,13 +17,17 @@ from figures.style import NothingToDraw, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.ticker import Locator
 
 EPOCH_LABEL = "epoch (0: before training)"
 MAX_NAMES = 24  # layer names that a legend or an axis holds
 MAX_MARKED = 30  # points of a line that are marked; more would blur dashes
+OUTSIDE = 0.05  # share of the epochs, or one, that an axis may leave outside where they would stretch it threefold
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def band_of(setting: Setting, measure: str) -> Band:
+    """A measure's values over the setting's runs: geometric means where its axis is logarithmic."""
     return setting.band(measure, log=label_of(measure).log)
 
 
@@ -29,38 +36,122 @@ def draw_line(ax: Axes, band: Band, column: str | int, **style: object) -> None:
     x = band.mean[column].dropna().index.to_numpy()
     # Without their last digits, as the rounding errors of a constant would fill the whole axis.
     mean, low, high = ([float(f"{value:.9g}") for value in table[column].dropna()] for table in band)
-    ax.plot(x, mean, marker="o" if len(x) <= MAX_MARKED else "", **style)
+    ax.plot(x, mean, **{"marker": "o" if len(x) <= MAX_MARKED else ""} | style)
     if low != high:
         ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
+def not_measured_panel(ax: Axes, setting: Setting, measure: str) -> None:
+    ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="0.4")
+    ax.tick_params(labelbottom=False)
+    y_axis(ax, measure)
+
+
 def y_axis(ax: Axes, measure: str) -> None:
-    text, log = label_of(measure)
-    ax.set_ylabel(textwrap.fill(text, 32))
-    if log:
+    """Label, unit and scale of a measure."""
+    label = label_of(measure)
+    ax.set_ylabel(textwrap.fill(label.axis, 30))
+    if label.log:
         log_axis(ax)
+    if label.scale != 1:
+        ax.yaxis.set_major_formatter(in_units_of(label.scale))
+
+
+def x_axis(ax: Axes, measure: str) -> None:
+    label = label_of(measure)
+    ax.set_xlabel(label.axis)
+    if label.scale != 1:
+        ax.xaxis.set_major_formatter(in_units_of(label.scale))
+
+
+def in_units_of(scale: float) -> Callable[[float, object], str]:
+    """Writes the numbers beside ticks: 0.002 in thousandths as 2."""
+    return lambda value, position=None: short(value / scale)
+
+
+def short(value: float) -> str:
+    """A number as one writes it: 0.05, −3, 2·10⁻⁷."""
+    text = f"{value:.6g}"
+    if "e" in text:
+        factor, _, exponent = text.partition("e")
+        text = f"{'' if factor == '1' else factor + '·'}10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+    return text.replace("-", "−")
 
 
 def log_axis(ax: Axes) -> None:
-    if math.isfinite(ax.dataLim.minposy):  # there is a value above zero
+    """A logarithmic y-axis, if there is anything above zero to show on it."""
+    if math.isfinite(ax.dataLim.minposy):
         ax.set_yscale("log")
-        log_ticks(ax.yaxis, *ax.get_ylim())
+        log_ticks_on(ax.yaxis)
 
 
-def log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Plain numbers at powers of ten, and between these where there are few."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+def log_ticks_on(axis: Axis) -> None:
+    from matplotlib.ticker import NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axis.set_major_formatter("{x:g}")
+    axis.set_major_locator(_log_locator()())
+    axis.set_major_formatter(in_units_of(1))
     axis.set_minor_formatter(NullFormatter())
+
+
+@functools.cache
+def _log_locator() -> type[Locator]:
+    """Ticks that follow the axis wherever its limits go."""
+    from matplotlib.ticker import LogLocator
+
+    class FewTicks(LogLocator):
+        def tick_values(self, vmin: float, vmax: float) -> list[float]:
+            return log_ticks(*sorted((vmin, vmax)))
+
+    return FewTicks
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Two numbers or more between low and high: powers of ten, else their doubles and halves too, else even steps.
+
+    >>> log_ticks(0.5, 2000)
+    [1.0, 10.0, 100.0, 1000.0]
+    >>> log_ticks(3, 30)
+    [5.0, 10.0, 20.0]
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    low = max(low, 1e-300)
+    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    decades = [float(f"1e{power}") for power in powers if low <= float(f"1e{power}") <= high]
+    if len(decades) >= 3:
+        return thin(decades, 6)
+    between = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
+    between = [tick for tick in between if low <= tick <= high]
+    if len(between) >= 3:
+        return between
+    return [float(tick) for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
 
 
 def log_if_wide(ax: Axes) -> None:
     """A loss that falls to a hundredth is readable only on a logarithmic axis."""
-    values = [value for line in ax.get_lines() for value in line.get_ydata() if value > 0]
-    if values and max(values) > 100 * min(values):
+    if is_wide([value for line in ax.get_lines() for value in line.get_ydata() if value > 0]):
         log_axis(ax)
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Whether all values are above zero and the largest is more than a hundred times the smallest."""
+    return len(values) > 0 and 0 < 100 * min(values) < max(values)
+
+
+def limits_of_most(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
+    """What an axis should hold of rows that reach from lows to highs each: all, or all but the few farthest rows.
+
+    At each end one row in twenty may stay outside, one at least, if two thirds of the axis would be theirs alone.
+    """
+    lows, highs = (sorted(value for value in values if math.isfinite(value)) for values in (lows, highs))
+    low, high = lows[0], highs[-1]
+    few = max(1, int(OUTSIDE * len(highs)))
+    if len(highs) > few + 1:
+        if 0 < highs[-1 - few] - low < (high - low) / 3:
+            high = highs[-1 - few]
+        if 0 < high - lows[few] < (high - low) / 3:
+            low = lows[few]
+    return low, high
 
 
 def epoch_axis(ax: Axes, epochs: Sequence[int]) -> None:
@@ -77,15 +168,9 @@ def epoch_axis(ax: Axes, epochs: Sequence[int]) -> None:
 
 def depth_axis(ax: Axes, layers: Sequence[str]) -> None:
     ticks = thin(list(enumerate(layers, start=1)), MAX_NAMES)
-    crowded = {"rotation": 90, "fontsize": 7} if sum(map(len, layers)) > 30 else {}
+    crowded = {"rotation": 90, "fontsize": 7} if sum(map(len, layers)) > 25 else {}
     ax.set_xticks([depth for depth, _ in ticks], [plain(layer) for _, layer in ticks], **crowded)
     ax.set_xlabel("layer, in network order")
-
-
-def not_measured(ax: Axes, setting: Setting, measure: str) -> None:
-    ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="0.4")
-    ax.tick_params(labelbottom=False)
-    y_axis(ax, measure)
 
 
 def thin(items: list, limit: int) -> list:
@@ -94,11 +179,16 @@ def thin(items: list, limit: int) -> list:
     return items[::-step][::-1]
 
 
+def spread(items: Sequence, num: int, space: Callable = np.geomspace) -> list:
+    """`num` of the items, from the first to the last, in steps that `space` makes: by default denser at the start."""
+    positions = space(1, len(items), num).round().astype(int) if items else []
+    return [items[position - 1] for position in dict.fromkeys(positions)]
+
+
 def chosen_epochs(measured: list[int], wanted: Sequence[int] | None, num: int, space: Callable) -> list[int]:
     """The wanted epochs, else `num` of those measured, from the first to the last."""
     if wanted is None:
-        positions = space(1, len(measured), num).round().astype(int)
-        return [measured[position - 1] for position in dict.fromkeys(positions)]
+        return spread(measured, num, space)
     known = [epoch for epoch in wanted if epoch in measured]
     if not known:
         raise NothingToDraw(f"Measured epochs are {', '.join(map(str, thin(measured, 12)))}; not {wanted}.")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from figures.axes import EPOCH_LABEL, MAX_NAMES, band_of, log_ticks, thin
-from figures.labels import label_of
+from figures.axes import EPOCH_LABEL, MAX_NAMES, band_of, in_units_of, is_wide, limits_of_most, log_ticks, thin
+from figures.labels import is_known, label_of, not_measured
 from figures.pages import grid, styled
 from figures.runs import Run
 from figures.settings import Setting, compare
@@ -24,24 +24,38 @@ if TYPE_CHECKING:
 
 @styled
 def heat_map(runs: Run | Sequence[Run], measure: str = "nc1/test") -> Figure:
-    """Layers × measured epochs of any measure: one of `Run.measures`, such as nc1/test or dib/minimality."""
+    """Layers × measured epochs of any measure: one of `Run.measures`, such as nc1/test or dib/minimality.
+
+    The colors span what most epochs hold: where a few (the first, as a rule) would take two thirds of the scale, they
+    lie beyond its end, which an arrow on the color bar says.
+    """
     label = label_of(measure)
     settings = [setting for setting in compare(runs).settings if setting.has(measure)]
-    norm = _norm([band_of(setting, measure).mean for setting in settings], label.log)
+    if not settings:
+        raise NothingToDraw(not_measured([measure]))
+    log = label.log if is_known(measure) else None
+    norm, extend = _norm([_layers_of(setting, measure) for setting in settings], log)
+    height = max(2.0, 0.14 * min(MAX_NAMES, max(len(setting.layers) for setting in settings)))
     draw = functools.partial(_heat_map, norm=norm)
-    height = max(2.3, 0.14 * min(MAX_NAMES, max(len(setting.layers) for setting in settings)))
-    figure = grid(runs, label.text, [measure], draw, legend="none", share=False, height=height)
+    figure = grid(runs, label.axis, [measure], draw, share=False, height=height)
     meshes = [mesh for ax in figure.axes for mesh in ax.collections]
-    colorbar = figure.colorbar(meshes[0], ax=figure.axes, label=label.text)
-    if label.log:
-        log_ticks(colorbar.ax.yaxis, norm.vmin, norm.vmax)
+    bar = figure.colorbar(meshes[0], ax=figure.axes, label=label.axis, extend=extend, fraction=0.05, aspect=25)
+    bar.ax.yaxis.set_major_formatter(in_units_of(label.scale))
+    if type(norm).__name__ == "LogNorm":
+        ticks = log_ticks(norm.vmin, norm.vmax)
+        bar.set_ticks(ticks, labels=[in_units_of(label.scale)(tick) for tick in ticks])
+        bar.minorticks_off()
     return figure
+
+
+def _layers_of(setting: Setting, measure: str) -> DataFrame:
+    table = band_of(setting, measure).mean
+    return table[[layer for layer in setting.layers if layer in table]]
 
 
 def _heat_map(ax: Axes, setting: Setting, measure: str, norm: Normalize) -> None:
     """Layers as rows, the first on top; measured epochs as columns of equal width; grey where undefined."""
-    table = band_of(setting, measure).mean
-    table = table[[layer for layer in setting.layers if layer in table]]
+    table = _layers_of(setting, measure)
     ax.pcolormesh(table.T.to_numpy(float), norm=norm, cmap="cividis")
     epochs = thin(list(enumerate(table.index)), 8)
     layers = thin(list(enumerate(table.columns)), MAX_NAMES)
@@ -52,12 +66,26 @@ def _heat_map(ax: Axes, setting: Setting, measure: str, norm: Normalize) -> None
     ax.invert_yaxis()
 
 
-def _norm(tables: Sequence[DataFrame], log: bool) -> Normalize:
-    """One scale of colors for all tables."""
+def _norm(tables: Sequence[DataFrame], log: bool | None) -> tuple[Normalize, str]:
+    """One scale of colors for all tables, and at which end values lie beyond it: neither, min, max or both.
+
+    `log`: None for a scale that is logarithmic where values reach over two powers of ten.
+    """
     from matplotlib.colors import LogNorm, Normalize
 
     values = np.concatenate([table.to_numpy(float).ravel() for table in tables] or [np.empty(0)])
     values = values[np.isfinite(values)]
     if not values.size:
         raise NothingToDraw("Not measured, or nowhere defined.")
-    return (LogNorm if log else Normalize)(values.min(), values.max())
+    log = is_wide(values) if log is None else log
+    scale = np.log if log and values.min() > 0 else np.asarray
+    lows, highs = ([scale(extreme) for extreme in _extremes(tables, which)] for which in ("min", "max"))
+    low, high = limits_of_most(lows, highs)
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}
+    beyond = extend.get((bool(low > min(lows)), bool(high < max(highs))), "both")
+    return (LogNorm(np.exp(low), np.exp(high)) if scale is np.log else Normalize(low, high)), beyond
+
+
+def _extremes(tables: Sequence[DataFrame], which: str) -> np.ndarray:
+    """The lowest (min) or highest (max) value of each epoch."""
+    return np.concatenate([getattr(table, which)(axis=1).dropna().to_numpy(float) for table in tables])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from figures.axes import log_if_wide, y_axis
-from figures.pages import new_page, styled
+from figures.pages import COLUMNS, new_page, remove, styled
 from figures.runs import Run, number
 from figures.settings import compare
 from figures.style import OKABE_ITO, NothingToDraw, plain
@@ -24,14 +25,24 @@ def lr_range_test(runs: Run | Sequence[Run]) -> Figure:
     tested = {setting: [run for run in setting.runs if len(run.lr_test)] for setting in comparison.settings}
     tested = {setting: runs for setting, runs in tested.items() if runs}
     if not tested:
-        raise NothingToDraw("No learning-rate range test was made (lr_range_test.csv).")
-    figure, axes = new_page(1, len(tested), comparison.heading("Learning-rate range test", sums_up=False))
-    for ax, (setting, runs) in zip(axes.flat, tested.items(), strict=True):
+        raise NothingToDraw(
+            "No learning-rate range test was made (lr_range_test.csv). main.py makes it with --lr-range-test."
+        )
+    lacking = len(comparison.settings) - len(tested)
+    heading = comparison.heading("Learning-rate range test", sums_up=False, lacking=lacking)
+    num_columns = min(len(tested), COLUMNS)
+    figure, axes = new_page(math.ceil(len(tested) / num_columns), num_columns, heading, height=2.4)
+    for ax, (setting, runs) in zip(axes.flat, tested.items(), strict=False):
+        if ax is not axes[0, 0]:
+            ax.sharey(axes[0, 0])
         for run, color in zip(runs, itertools.cycle(OKABE_ITO), strict=False):
             _lr_test(ax, run, color)
-        ax.set_title(plain(comparison.name(setting), width=45))
+        ax.set_title(plain(comparison.name(setting), width=30))
         ax.legend()
-        ax.label_outer()
+        if ax not in axes[:, 0]:
+            ax.tick_params(labelleft=False)
+            ax.set_ylabel("")
+    remove(axes.flat[len(tested) :])
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from figures.labels import RANKS
 from figures.layerwise import over_depth, over_epochs
-from figures.pages import grid, styled
+from figures.pages import epoch_legend, grid, layer_legend, styled
 from figures.runs import Run
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @styled
 def rank_over_epochs(runs: Run | Sequence[Run], split: str = "train", class_means: bool = False) -> Figure:
     """Numerical, stable and effective rank of every layer's activations, or class means, over the epochs."""
-    return grid(runs, *_rank_rows("epochs", split, class_means), over_epochs)
+    return grid(runs, *_rank_rows("epochs", split, class_means), over_epochs, legend=layer_legend)
 
 
 @styled
@@ -30,7 +30,7 @@ def rank_over_depth(
 ) -> Figure:
     """Numerical, stable and effective rank of activations, or class means, over the layers at some epochs."""
     draw = functools.partial(over_depth, epochs=epochs)
-    return grid(runs, *_rank_rows("depth", split, class_means), draw, legend="panels", width=4.5)
+    return grid(runs, *_rank_rows("depth", split, class_means), draw, legend=epoch_legend)
 
 
 def _rank_rows(over: str, split: str, class_means: bool) -> tuple[str, list[str]]:

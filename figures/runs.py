@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # pandas takes half a second to import, which is done once th
     from pandas import DataFrame
 
 SPLITS = ("train", "test")
-LAYER_COLUMN = re.compile(r"(?:nc1/(?:train|test)|dib/(?:loss|minimality)|rank/\w+/(?:train|test))/(.+)")
+# Of runs that did not write down their layers.
+LAYER_COLUMN = re.compile(r"(?:nc1(?:_chance)?/(?:train|test)|dib/(?:loss|minimality)|rank/\w+/(?:train|test))/(.+)")
 RUN_FILES = ("metrics.csv", "hparams.yaml", "lr_range_test.csv")
 HEAD_COLUMNS = ["epoch", "layer", "digit", "head_epoch", "cross_entropy"]
 LARGEST = 1e100  # a value beyond counts as infinite: the axes of a figure would overflow
@@ -192,12 +193,13 @@ class Run:
 
     @functools.cached_property
     def layers(self) -> list[str]:
-        """The measured layers in network order."""
-        matches = filter(None, map(LAYER_COLUMN.fullmatch, self.metrics.columns))
-        measured = list(dict.fromkeys(match[1] for match in matches))
+        """The measured layers in network order: those with a column MEASURE/LAYER."""
+        columns = self.metrics.columns
         network = self.provenance.get("layers")
-        order = [layer for layer in network if layer in measured] if isinstance(network, list) else []
-        return list(dict.fromkeys([*order, *measured]))
+        named = [layer for layer in network if isinstance(layer, str)] if isinstance(network, list) else []
+        measured = [layer for layer in named if any(column.endswith(f"/{layer}") for column in columns)]
+        matches = filter(None, map(LAYER_COLUMN.fullmatch, columns))
+        return list(dict.fromkeys([*measured, *(match[1] for match in matches)]))
 
     @property
     def measures(self) -> list[str]:
@@ -213,15 +215,6 @@ class Run:
         names |= {f"{measure}/{layer}": layer for layer in self.layers}
         present = [column for column in names if column in self.metrics]
         return self.metrics[present].rename(columns=names).dropna(how="all")
-
-    def chance_level(self, split: str) -> dict[str, float]:
-        """NC1 per layer when labels tell nothing, (N - C)(C - 1)/(d - C); nan where d <= C or unknown."""
-        N = number(self.provenance.get(f"{split}_samples"))
-        C = number(self.provenance.get("num_classes"))
-        dimensions = self.provenance.get("dimensions")
-        dimensions = dimensions if isinstance(dimensions, dict) else {}
-        d = {layer: number(dimensions.get(layer)) for layer in self.layers}
-        return {layer: (N - C) * (C - 1) / (d[layer] - C) if d[layer] > C else math.nan for layer in d}
 
     @property
     def head_epochs(self) -> list[int]:

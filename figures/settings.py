@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,7 @@ from figures.runs import Run, concat
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MAX_SETTINGS = 7  # as many as there are colors that everyone can tell apart
+MAX_SETTINGS = 60  # whose pages a program can show and whose lines an eye can follow, if barely
 # Flags that say where and how to compute, not what: runs that differ in them are still one setting.
 BOOKKEEPING = {
     *("log_dir", "name", "seed", "resume", "resumed_from", "config", "provenance", "data_dir", "lr_range_test"),
@@ -49,6 +50,7 @@ class Setting:
 
     runs: tuple[Run, ...]
     label: str
+    values: tuple[float | str, ...] = ()  # of the flags that differ between settings
 
     @property
     def title(self) -> str:
@@ -96,17 +98,25 @@ class Comparison:
     num_settings: int
     subject: str
 
-    def heading(self, what: str, sums_up: bool = True) -> str:
-        """What a figure shows, of which runs, and, if it sums them up, how."""
-        several = any(len(setting.runs) > 1 for setting in self.settings)
+    @property
+    def left_out(self) -> str:
+        """A sentence if there are more settings than a page holds; an empty string otherwise."""
         shown = len(self.settings)
+        if shown == self.num_settings:
+            return ""
+        return f"the first {shown} of {self.num_settings} settings; give fewer runs to see the others"
+
+    def heading(self, what: str, *, sums_up: bool = True, lacking: int = 0) -> str:
+        """What a figure shows, of which runs, and, if it sums them up, how. `lacking`: settings that it cannot show."""
+        several = any(len(setting.runs) > 1 for setting in self.settings)
         alone = self.settings[0] if self.num_settings == 1 else None
         parts = [
             what,
             alone.title if alone else self.subject,
             alone.runs[0].folder.resolve().name if alone and not several else "",
             "lines: mean over runs, bands: lowest to highest" if several and sums_up else "",
-            f"the first {shown} of {self.num_settings} settings" if shown < self.num_settings else "",
+            f"not measured in {lacking} of {len(self.settings)} settings" if lacking else "",
+            self.left_out,
         ]
         return " · ".join(filter(None, parts))
 
@@ -127,7 +137,10 @@ def compare(runs: Run | Sequence[Run]) -> Comparison:
     common = [flags[0][name] for name in ("model", "dataset") if name in flags[0] and name not in differing]
     subject = " on ".join(common)
     labels = _labels(flags, differing) if differing else [subject or str(runs[0].folder)]
-    settings = [Setting(tuple(group), label) for group, label in zip(groups.values(), labels, strict=True)]
+    settings = [
+        Setting(tuple(group), label, tuple(_value(group[0], flag, each.get(flag, "")) for flag in differing))
+        for group, label, each in zip(groups.values(), labels, flags, strict=True)
+    ]
     return Comparison(tuple(settings[:MAX_SETTINGS]), len(settings), subject)
 
 
@@ -137,6 +150,13 @@ def _flags(run: Run) -> dict[str, str]:
     if run.hparams.get("lr_range_test"):
         known["learning_rate"] = "from range test"  # which chooses another one for every seed
     return {flag: _in_words(flag, value) for flag, value in known.items()} or {"folder": str(run.folder)}
+
+
+def _value(run: Run, flag: str, words: str) -> float | str:
+    """A flag's number, if it is one that was given, else the words for it."""
+    given = run.hparams.get(flag)
+    is_number = isinstance(given, int | float) and not isinstance(given, bool) and words == _in_words(flag, given)
+    return float(given) if is_number and math.isfinite(given) else words
 
 
 def _in_words(flag: str, value: object) -> str:

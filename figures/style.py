@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import functools
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from figures.settings import Setting
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # less yellow, on white
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58200", "#3A97CF", "#000000")  # two darker, on white
 STYLE = {
-    "figure.dpi": 120,
+    "figure.dpi": 100,
     "figure.titlesize": 9,
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.grid": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.use_mathtext": True,
+    "axes.formatter.limits": (-3, 5),
     "grid.alpha": 0.3,
-    "legend.fontsize": 7,
+    "legend.fontsize": 8,
     "legend.frameon": False,
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
@@ -32,14 +37,45 @@ class NothingToDraw(Exception):
 
 def layer_colors(setting: Setting) -> dict[str, tuple]:
     """A color per layer, from light at the input to dark at the output."""
-    return dict(zip(setting.layers, shades("viridis_r", len(setting.layers)), strict=True))
+    return dict(zip(setting.layers, shades("viridis", len(setting.layers)), strict=True))
 
 
 def shades(name: str, num: int) -> list[tuple]:
-    """Colors at even steps of a perceptually uniform map, without its beginning: too light for white paper."""
+    """Colors from light to dark at even steps of a perceptually uniform map, none too light for white paper."""
     import matplotlib
 
-    return [matplotlib.colormaps[name](position) for position in np.linspace(1, 0.12, num)[::-1]]
+    lightest = {"viridis": 0.65, "plasma": 0.70}[name]
+    return [matplotlib.colormaps[name](position) for position in np.linspace(0, lightest, num)[::-1]]
+
+
+def setting_styles(settings: Sequence[Setting]) -> list[dict[str, object]]:
+    """Color and dashes per setting, no two alike.
+
+    Many settings get a color per value of the flag that takes the most values, light to dark if these are numbers;
+    dashes tell apart what shares a color.
+    """
+    if len(settings) <= len(OKABE_ITO):
+        colors = list(OKABE_ITO[: len(settings)])
+    else:
+        by_flag = list(zip(*(setting.values for setting in settings), strict=True)) or [range(len(settings))]
+        values = max(by_flag, key=lambda values: len(set(values)))
+        levels = list(dict.fromkeys(values))
+        if all(isinstance(level, float) for level in levels):
+            of_level = dict(zip(sorted(levels), shades("viridis", len(levels)), strict=True))
+        else:
+            of_level = {level: OKABE_ITO[i % len(OKABE_ITO)] for i, level in enumerate(levels)}
+        colors = [of_level[value] for value in values]
+    used: Counter = Counter()
+    styles = []
+    for color in colors:
+        styles.append({"color": color, "linestyle": _dashes(used[color])})
+        used[color] += 1
+    return styles
+
+
+def _dashes(i: int) -> object:
+    """The i-th way to break a line: not at all, dashes, dots, a dash and one dot, a dash and two dots, …"""
+    return ["-", (0, (5, 1.5)), (0, (1, 1))][i] if i < 3 else (0, (5, 1, *(1, 1) * (i - 2)))
 
 
 def plain(text: str, width: int = 200) -> str:

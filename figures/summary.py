@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from figures.collapse import equiseparation_over_depth
-from figures.layerwise import draw_ways, over_epochs
-from figures.pages import layer_legend, new_page, styled
+from figures.collapse import equiseparation_over_depth, fit_legend
+from figures.layerwise import over_epochs, ways
+from figures.pages import layer_legend, new_page, remove, styled
 from figures.runs import Run
 from figures.settings import compare
 from figures.style import NothingToDraw
@@ -18,35 +18,41 @@ from figures.training import loss_or_accuracy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+nc1_over_depth = functools.partial(equiseparation_over_depth, num=3)
+PANELS = {
+    "Loss": (loss_or_accuracy, "loss"),
+    "Accuracy": (loss_or_accuracy, "acc"),
+    "Effective rank": (over_epochs, "rank/effective/test"),
+    "NC1 in training, train set": (over_epochs, "nc1/train"),
+    "NC1 in training, test set": (over_epochs, "nc1/test"),
+    "Minimality": (over_epochs, "dib/minimality"),
+    "NC1 over depth, train set": (nc1_over_depth, "nc1/train"),
+    "NC1 over depth, test set": (nc1_over_depth, "nc1/test"),
+    "From first (○) to last epoch (●)": (ways, "dib/sufficiency/test"),
+}
+COLUMNS = 3
+
 
 @styled
 def summary(runs: Run | Sequence[Run]) -> Figure:
-    """One page with the most telling panels of a run, or of several of one setting."""
+    """One page with the most telling panels of a run, or of several of one setting: of more settings, the first."""
     comparison = compare(runs)
     setting = comparison.settings[0]
-    nc1_over_depth = functools.partial(equiseparation_over_depth, num=3)
-    candidates = [
-        (loss_or_accuracy, "loss"),
-        (loss_or_accuracy, "acc"),
-        (over_epochs, "rank/effective/test"),
-        (over_epochs, "nc1/train"),
-        (over_epochs, "nc1/test"),
-        (over_epochs, "dib/minimality"),
-        (nc1_over_depth, "nc1/train"),
-        (nc1_over_depth, "nc1/test"),
-        (draw_ways, "dib/sufficiency/test"),
-    ]
-    panels = [(draw, measure) for draw, measure in candidates if setting.has(measure)]
+    panels = {title: (draw, measure) for title, (draw, measure) in PANELS.items() if setting.has(measure)}
     if not panels:
         raise NothingToDraw("No epoch was logged.")
-    num_rows, num_columns = math.ceil(len(panels) / 3), min(3, len(panels))
-    figure, axes = new_page(num_rows, num_columns, comparison.heading("Summary"), share=False)
-    for ax, (draw, measure) in zip(axes.flat, panels, strict=False):
+    num_rows, num_columns = math.ceil(len(panels) / COLUMNS), min(COLUMNS, len(panels))
+    first = f"Summary of the first of {comparison.num_settings} settings, {setting.title}"
+    heading = comparison.heading("Summary" if comparison.num_settings == 1 else first)
+    figure, axes = new_page(num_rows, num_columns, heading, height=2.3)
+    for ax, (title, (draw, measure)) in zip(axes.flat, panels.items(), strict=False):
         draw(ax, setting, measure)
-        if draw in (loss_or_accuracy, nc1_over_depth):
-            ax.legend(fontsize=6, frameon=True, edgecolor="none")
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
+        ax.set_title(title)
+        if draw is loss_or_accuracy:
+            ax.legend()
+        if draw is nc1_over_depth:
+            fit_legend(ax, fontsize=7, title_fontsize=7, frameon=True, edgecolor="none", framealpha=0.8)
+    remove(axes.flat[len(panels) :])
     if setting.layers:
-        layer_legend(figure, [setting])
+        layer_legend(figure, {axes[0, 0]: setting})
     return figure

@@ -16,3 +16,11 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """The folder of a made run with every measure."""
+    from made_runs import make_run
+
+    return make_run(tmp_path / "version_0")

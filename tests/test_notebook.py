@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from jupyter_client.manager import start_new_kernel
-from test_plots import FIGURES, make_run
+from made_runs import FIGURES, make_run
 
+MEASURES = ("nc1", "nc1_chance", "dib", "rank")
 ROOT = Path(__file__).parents[1]
 CELLS = json.loads((ROOT / "plots.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
@@ -103,7 +104,10 @@ def test_the_notebook_explains_every_figure_before_it_is_drawn():
 
 
 def test_by_default_the_newest_run_is_drawn_from_its_files(tmp_path, kernel):
-    older, newest = (make_run(tmp_path / "lightning_logs" / f"version_{i}", seed=i, lr_test=True) for i in range(2))
+    older, newest = (
+        make_run(tmp_path / "lightning_logs" / f"version_{i}", seed=i, lr_test=True, measures=MEASURES)
+        for i in range(2)
+    )
     for path in older.iterdir():
         os.utime(path, (0, 0))
     figures = run_notebook(kernel)
@@ -116,10 +120,10 @@ def test_by_default_the_newest_run_is_drawn_from_its_files(tmp_path, kernel):
     assert list(train["lines"]) == ["layer1.0", "layer1.1", "avgpool"]
     assert train["scales"] == ["linear", "log"] and "NC1" in train["labels"][2]
     depth, _ = figures["plots.nc1_over_depth(runs)"]
-    assert "chance level" in depth["lines"] and any("r = " in label for label in depth["lines"])
+    assert "chance, epoch 5" in depth["lines"] and any(label.startswith("5: −") for label in depth["lines"])
     (minimality,) = figures["plots.minimality_over_epochs(runs)"]
     np.testing.assert_allclose(minimality["lines"]["avgpool"][1], table["dib/minimality/avgpool"])
-    assert minimality["labels"][1:] == ["epoch (0: before training)", "minimality (nats)"]
+    assert minimality["labels"][1:] == ["epoch (0: before training)", "minimality (10⁻³ nats)"]
     assert figures['plots.heat_map(runs, "nc1/test")'][0]["shapes"] == [[3, 6]]
     assert len(figures["plots.rank_over_depth(runs)"]) == 3
     assert len(figures["plots.head_losses(runs)"]) == 3
@@ -137,7 +141,7 @@ def test_several_runs_stand_side_by_side_and_say_what_they_did_not_measure(tmp_p
     assert titles == ["nonlinearity tanh (2 runs)", "nonlinearity relu (2 runs)", "", ""]
     assert all(len(panel["lines"]) == 20 for panel in figures["plots.nc1_over_epochs(runs)"])
     (panel,) = figures["plots.rank_over_epochs(runs)"]
-    assert panel["texts"][0].startswith("Not measured: rank/numerical/train")
+    assert " ".join(panel["texts"][0].split()).endswith("main.py measures it with --rank.")
 
 
 def test_a_folder_without_runs_gives_a_sentence_and_no_traceback(tmp_path, kernel):

@@ -1,0 +1,184 @@
+"""Folders of runs with numbers that look like those of real runs, and what a test asks of a figure."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.colors import to_rgb
+
+import plots
+
+ROOT = Path(plots.__file__).parent
+CLASSES, TRAIN, TEST, DIGITS = 10, 1000, 200, 3
+DIGIT_ENTROPY = 2.19
+FIGURES = (
+    plots.summary,
+    plots.training_curves,
+    plots.nc1_over_epochs,
+    plots.nc1_over_depth,
+    plots.heat_map,
+    plots.minimality_over_epochs,
+    plots.sufficiency_minimality,
+    plots.head_losses,
+    plots.rank_over_epochs,
+    plots.rank_over_depth,
+    plots.nc1_against_minimality,
+    plots.lr_range_test,
+)
+
+
+def make_run(
+    folder,
+    num_layers=3,
+    num_epochs=5,
+    seed=0,
+    *,
+    measured=None,
+    measures=("nc1", "dib", "rank"),
+    num_head_epochs=6,
+    lr_test=False,
+    **flags,
+):
+    """A run's folder as `main.py` leaves it, with numbers that look like those of a real run."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    layers = [f"layer{i // 2 + 1}.{i % 2}" for i in range(num_layers - 1)] + ["avgpool"]
+    measured = range(num_epochs + 1) if measured is None else measured
+    noise = np.random.default_rng(seed)
+    rows, heads = [], []
+    for epoch in range(num_epochs + 1):
+        progress = 1 - math.exp(-3 * epoch / max(num_epochs, 1))
+        row = _training_row(epoch, progress, noise)
+        if epoch in measured:
+            for depth, layer in enumerate(layers):
+                row |= _measures(layer, depth, progress, measures, noise)
+                if "dib" in measures:
+                    heads += _head_rows(epoch, layer, row[f"dib/loss/{layer}"], num_head_epochs)
+            if "dib" in measures:
+                row |= {f"dib/sufficiency/{split}": 2.3 - row[f"{split}_loss"] for split in ("train", "test")}
+        rows.append(row)
+    write_csv(folder / "metrics.csv", rows)
+    if heads:
+        write_csv(folder / "dib.csv", heads)
+    if lr_test:
+        write_csv(folder / "lr_range_test.csv", _lr_test_rows(noise))
+    provenance = {
+        "num_classes": CLASSES,
+        "train_samples": TRAIN,
+        "test_samples": TEST,
+        "layers": layers,
+        "dimensions": {layer: 4096 // 2 ** min(depth, 6) for depth, layer in enumerate(layers)},
+    }
+    hparams = {"seed": seed, "log_dir": str(folder.parent), "dataset": "MNIST", "model": "ResNet"}
+    hparams |= {"nonlinearity": "relu", "learning_rate": 0.01, "epochs": num_epochs}
+    hparams |= {"lr_range_test": "train" if lr_test else None, **flags, "provenance": provenance}
+    (folder / "hparams.yaml").write_text(yaml.safe_dump(hparams, sort_keys=False))
+    return folder
+
+
+def _training_row(epoch, progress, noise):
+    row = {"epoch": epoch}
+    for split, gap in (("train", 0.0), ("test", 0.08)):
+        row[f"{split}_loss"] = 2.3 * (1 - progress) + gap * progress + 0.02 * noise.random()
+        row[f"{split}_acc"] = 0.1 + 0.88 * progress - gap * progress - 0.01 * noise.random()
+    return row
+
+
+def _measures(layer, depth, progress, measures, noise):
+    row = {}
+    for split in ("train", "test"):
+        if "nc1" in measures:
+            row[f"nc1/{split}/{layer}"] = 50 * math.exp(-0.6 * depth * progress + 0.05 * noise.normal())
+        if "nc1_chance" in measures:
+            row[f"nc1_chance/{split}/{layer}"] = 200 * math.exp(-0.1 * depth + 0.05 * noise.normal())
+        if "rank" in measures:
+            for i, kind in enumerate(("numerical", "stable", "effective"), start=1):
+                row[f"rank/{kind}/{split}/{layer}"] = 900 / 4**i * math.exp(-0.1 * depth * progress)
+                row[f"rank/means_{kind}/{split}/{layer}"] = 9 / i
+    if "dib" in measures:
+        minimality = DIGIT_ENTROPY * 0.4 * math.exp(-0.2 * depth - progress) + 0.01 * noise.random()
+        row[f"dib/loss/{layer}"] = DIGIT_ENTROPY - minimality
+        row[f"dib/minimality/{layer}"] = minimality
+    return row
+
+
+def _head_rows(epoch, layer, final, num_head_epochs):
+    """Digits around the mean `final`; the losses before training lie at the entropy of the digits."""
+    for digit in range(DIGITS):
+        for head_epoch in range(num_head_epochs + 1):
+            falls = (1 - math.exp(-4 * head_epoch / num_head_epochs)) / (1 - math.exp(-4))
+            loss = DIGIT_ENTROPY + (final + 0.1 * (digit - 1) - DIGIT_ENTROPY) * falls
+            yield dict(epoch=epoch, layer=layer, digit=digit, head_epoch=head_epoch, cross_entropy=loss)
+
+
+def _lr_test_rows(noise):
+    for step, rate in enumerate(np.geomspace(1e-6, 10, 100), start=1):
+        smoothed = 2.3 - 2 / (1 + math.exp(-2 * (math.log10(rate) + 3))) + 40 * max(0, math.log10(rate)) ** 2
+        yield dict(step=step, lr=rate, loss=smoothed * (1 + 0.1 * noise.normal()), smoothed=smoothed)
+
+
+def write_csv(path, rows):
+    rows = list(rows)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def load(*folders):
+    return plots.load(folders, say=lambda sentence: None)
+
+
+def read(folder):
+    return pd.read_csv(folder / "metrics.csv", index_col="epoch")
+
+
+def rewrite(folder, change):
+    """Puts the text of `metrics.csv` through a function."""
+    path = folder / "metrics.csv"
+    path.write_text(change(path.read_text()))
+
+
+def change_flags(folder, **flags):
+    path = folder / "hparams.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | flags, sort_keys=False))
+
+
+def title(figure):
+    return " ".join(figure.get_suptitle().split())
+
+
+def panels(figure):
+    return [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+
+
+def lines(ax):
+    """The labelled lines of a panel by their label."""
+    return {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
+
+
+def legend_labels(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def sentence(figure):
+    """What a figure says that draws nothing, else None."""
+    (text,) = [text.get_text() for ax in figure.axes if not ax.axison for text in ax.texts] or [None]
+    return text
+
+
+def contrast(color):
+    """Of a color on white, as the Web Content Accessibility Guidelines define it: 1 to 21."""
+    linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(color)]
+    return 1.05 / (np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05)
+
+
+def command(*args, **options):
+    options = {"capture_output": True, "text": True, "timeout": 250} | options
+    python = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning"]
+    return subprocess.run([*python, ROOT / "plots.py", *map(str, args)], **options)
