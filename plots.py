@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -49,13 +50,17 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the figures, print their paths. Exit status: 0 done, 1 error, 2 wrong flag, 130 Ctrl-C."""
+    """Write the figures, print their paths. Exit status: 0 done, 1 error, 2 wrong flag, 130 Ctrl-C, 141 closed pipe."""
     args = get_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a path has
     try:
         _write_all(load(args.runs, say=_say), Path(args.output), args.format)
     except UserError as error:
         _say(f"error: {error}")
         return 1
+    except BrokenPipeError:  # nobody listens any more, as behind `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 141
     except KeyboardInterrupt:
         return 130
     return 0

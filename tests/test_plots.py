@@ -113,6 +113,28 @@ def test_mistakes_are_told_in_one_sentence(tmp_path):
         assert line.startswith("plots.py: error: ") and str(args[-1]) in line
 
 
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
+    folder = make_run(tmp_path / "version_0", measures=())
+    for version in range(5):
+        make_run(
+            tmp_path / "more" / f"version_{version}", num_epochs=1, measures=("nc1", "rank"), learning_rate=version
+        )
+    args = [sys.executable, ROOT / "plots.py", folder, tmp_path / "more", "-o", tmp_path / "figures"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().endswith("training_curves.png\n")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_that_lacks_letters_gets_them_escaped(tmp_path, environment):
+    folder = make_run(tmp_path / "数据" / "version_0", measures=())
+    done = command(folder, "-o", folder.parent / "out", env=os.environ | {"PYTHONCOERCECLOCALE": "0"} | environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert {path.name for path in (folder.parent / "out").iterdir()} == {"summary.png", "training_curves.png"}
+
+
 def test_ctrl_c_ends_quietly_and_leaves_no_half_file(tmp_path):
     folder = make_run(tmp_path / "version_0", num_layers=20, num_epochs=50)
     args = [sys.executable, ROOT / "plots.py", folder, "-o", tmp_path / "figures"]
