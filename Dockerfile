@@ -24,6 +24,8 @@ USER 0
 WORKDIR /master_thesis
 COPY *.py plots.ipynb ./
 COPY figures/*.py figures/
+COPY measures/*.py measures/
+COPY run/*.py run/
 RUN chmod -R a+rX . && chmod 777 .
 USER 57439:57439
 

@@ -13,7 +13,6 @@ Different settings stand side by side. What was not measured is left out.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
 import sys
@@ -21,19 +20,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import UserError
-from figures.collapse import nc1_over_depth, nc1_over_epochs
-from figures.decodable import head_losses, minimality_over_epochs, nc1_against_minimality, sufficiency_minimality
 from figures.heat_maps import heat_map
 from figures.labels import family_of, is_known, label_of
 from figures.layerwise import measure_over_epochs
 from figures.pages import write
 from figures.range_test import lr_range_test
-from figures.rank import rank_over_depth, rank_over_epochs
-from figures.runs import SPLITS, Run, load
+from figures.runs import Run, load
 from figures.settings import compare
 from figures.summary import summary
 from figures.training import training_curves
+from run.catalogue import MEASURES, found
+from run.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,16 +64,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def figures(runs: Run | Sequence[Run]) -> Iterator[tuple[str, Figure]]:
-    """Every figure with a name for its file."""
+    """Every figure with a name for its file: of training, of each measure in the catalogue, of all other columns."""
     settings = compare(runs).settings
-    functions = [summary] if len(settings) == 1 else []
-    functions += [training_curves, nc1_over_epochs, nc1_over_depth, minimality_over_epochs]
-    functions += [sufficiency_minimality, head_losses, nc1_against_minimality, lr_range_test]
-    for function in functions:
-        yield function.__name__, function(runs)
-    for function, split in itertools.product((rank_over_epochs, rank_over_depth), SPLITS):
-        yield f"{function.__name__}_{split}", function(runs, split)
-        yield f"{function.__name__}_class_means_{split}", function(runs, split, class_means=True)
+    for draw in [*([summary] if len(settings) == 1 else []), training_curves, lr_range_test]:
+        yield draw.__name__, draw(runs)
+    for reference in (reference for about in MEASURES for reference in about.figures):
+        draw = found(reference)
+        for name, options in getattr(draw, "variants", {draw.__name__: {}}).items():
+            yield name, draw(runs, **options)
     measures = [measure for setting in settings for measure in setting.measures if not label_of(measure).aside]
     for measure in dict.fromkeys(measures):
         yield f"heat_map_{_file_name(measure)}", heat_map(runs, measure)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from errors import UserError
 from figures.axes import MAX_NAMES, not_measured_panel, thin
 from figures.labels import not_measured
 from figures.runs import Run
 from figures.settings import Setting, compare
 from figures.style import STYLE, NothingToDraw, layer_colors, plain
+from run.errors import UserError
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, which is done once there is something to draw
     from matplotlib.artist import Artist

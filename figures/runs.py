@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import UserError
+from run.errors import UserError
 
 if TYPE_CHECKING:  # pandas takes half a second to import, which is done once there is something to read
     from pandas import DataFrame

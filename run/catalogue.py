@@ -53,7 +53,8 @@ class About:
     """A measure: `callback` is its `module:Class`, `flag` asks for it, and a run measures it unasked if `is_default`.
 
     Of flags that stand in `instead`, one excludes the others. `remark` makes a line below the closing table from the
-    last row of `metrics.csv`. `figures` are functions, `module:name`, which take runs.
+    last row of `metrics.csv`. `figures` are functions, `module:name`, which take runs; one that comes in several forms
+    has `variants`, {file name: arguments}.
     """
 
     name: str
@@ -102,7 +103,7 @@ MEASURES = (
             **{f"rank/{kind}": Column(f"{kind} rank", log=True, closing={"train": f"{kind} rank"}) for kind in RANKS},
             **{f"rank/means_{kind}": Column(f"{kind} rank of class means", log=True) for kind in RANKS},
         },
-        figures=("figures.rank:all_ranks",),
+        figures=("figures.rank:rank_over_epochs", "figures.rank:rank_over_depth"),
     ),
     About(
         name="dib",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from made_runs import lines, load, make_run, read
 
-import neural_collapse
 import plots
+from measures import neural_collapse
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]

@@ -10,8 +10,8 @@ import yaml
 from made_runs import change_flags, legend_labels, lines, load, make_run, read, rewrite
 
 import plots
-from errors import UserError
 from figures.runs import Run
+from run.errors import UserError
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]

@@ -28,7 +28,7 @@ from run.ranks import Ranks, is_lost_rank, name_by_environment
 from run.run_folder import RunFolder
 
 LOGS = Path("lightning_logs")
-TINY = ["-w", "6", "5", "4", "--batch-norm", "--limit", "203", "-b", "64", "-e", "2", "--dib-epochs", "9", "--no-plots"]
+TINY = ["-w", "6", "5", "4", "--batch-norm", "--limit", "203", "-b", "64", "-e", "2", "--dib-epochs", "1", "--no-plots"]
 # Where numbers of two computations are compared: what a processor rounds in float32 grows to 1e-4 where Adam divides it
 # by its own size, as with a bias before batch norm, whose gradient is zero. In float64 it is far below Adam's eps.
 EXACT = ["--precision", "64-true"]
@@ -85,7 +85,8 @@ def test_a_run_of_two_processes_measures_what_one_process_finds_in_its_checkpoin
     command = [sys.executable, ROOT / "main.py", *TINY, *EXACT, "--rank", "--accelerator", "cpu"]
     run = subprocess.run([*command, "--devices", "2", "--strategy", "ddp"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("results in") == 1 and run.stderr == "" and run.stdout.count("epoch 1/2") == 1
+    assert run.stdout.count("results in") == 1 and run.stdout.count("epoch 1/2") == 1
+    assert run.stderr.count("Warning") == 1 and "trained too short" in run.stderr  # of 1 head epoch, by one process
     assert sorted(path.name for path in LOGS.iterdir()) == ["version_0"]
     assert finish(["--measure", "lightning_logs/version_0/checkpoints/last.ckpt", "--devices", "1"], tmp_path)[0] == 0
     together, alone = last_row(LOGS / "version_0"), last_row(LOGS / "version_1")
