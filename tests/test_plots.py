@@ -1,6 +1,5 @@
 """The command, and what holds for every figure: labels, nothing cut off, no traceback whatever is in a folder."""
 
-import ast
 import itertools
 import os
 import signal
@@ -196,21 +195,3 @@ def test_nothing_that_a_folder_holds_ends_in_a_traceback(tmp_path, metrics, head
     if not run.why_empty:
         for _, figure in plots.figures(run):
             figure.canvas.draw()
-
-
-def test_imports_within_figures_go_downwards_and_out_of_it_to_errors_alone():
-    imported = {path.stem: _imports(path) for path in (ROOT / "figures").glob("*.py")}
-    own = {
-        module: {name.removeprefix("figures.") for name in names if "." in name} for module, names in imported.items()
-    }
-    assert set().union(*(names & {path.stem for path in ROOT.glob("*.py")} for names in imported.values())) == {
-        "errors"
-    }
-    while own:
-        leaves = {module for module, names in own.items() if not names & own.keys()}
-        assert leaves, f"these import each other: {own}"
-        own = {module: names for module, names in own.items() if module not in leaves}
-
-
-def _imports(path):
-    return {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}

@@ -1,0 +1,93 @@
+"""How the modules hang together: imports point downwards only, and no module needs another that needs it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the top to the bottom; a folder stands for its modules.
+FLOORS = (
+    "main",
+    "utils",
+    "flags",
+    "plots",
+    "measures",
+    "figures",
+    "classifier",
+    "networks",
+    "datasets",
+    "downloads",
+    "image_folders",
+    "run",
+)
+FOLDERS = ("measures", "figures", "run")
+HEAVY = {"torch", "lightning", "torchvision", "numpy", "pandas", "matplotlib", "yaml"}
+MODULES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
+
+
+def name_of(path):
+    """`datasets`, `run.errors`; `run` for the folder's own docstring."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path):
+    """The program's modules that a module imports, except for annotations alone."""
+    names = set()
+    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            within = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= set(within) & ALL or {node.module}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names & ALL
+
+
+def walk(node):
+    """All nodes but those below `if TYPE_CHECKING`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield from walk(child)
+
+
+ALL = {name_of(path) for path in MODULES} - {"setup"}
+
+
+def floor(name):
+    return FLOORS.index(name.partition(".")[0])
+
+
+def test_every_module_has_its_floor_and_every_folder_is_flat():
+    assert {name.partition(".")[0] for name in ALL} == set(FLOORS)
+    for folder in FOLDERS:
+        assert not [path for path in (ROOT / folder).iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_downwards(path):
+    if name_of(path) != "setup":
+        upwards = {name for name in imported(path) if floor(name) < floor(name_of(path))}
+        assert not upwards
+
+
+def test_no_module_needs_one_that_needs_it():
+    needs = {name_of(path): imported(path) - {name_of(path)} for path in MODULES if name_of(path) != "setup"}
+    while needs:
+        free = {name for name, others in needs.items() if not others & needs.keys()}
+        assert free, f"these import each other: {needs}"
+        needs = {name: others for name, others in needs.items() if name not in free}
+
+
+def test_the_command_line_needs_nothing_heavy():
+    """Found by what is imported at the top, as an import within a function waits until it is needed."""
+    files = {name_of(path): path for path in MODULES}
+    seen, waiting = set(), {"flags", "run.ending"}
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        tops = [node for node in ast.parse(files[name].read_text(encoding="utf-8")).body]
+        roots = {node.module for node in tops if isinstance(node, ast.ImportFrom)}
+        roots |= {alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names}
+        assert not {root.partition(".")[0] for root in roots} & HEAVY, name
+        waiting |= {other for other in imported(files[name]) if other.startswith("run.")} - seen
