@@ -32,6 +32,7 @@ def measures(args: Namespace, layers: Sequence[str], folder: RunFolder, console:
         "sets": args.measure_sets,
         "cache_bytes": None if args.cache_gb is None else int(args.cache_gb * 1e9),
         "progress": console.progress,
+        "store": folder.arrays,
     }
     return [kind.from_flags(args, common, folder, console) for kind in kinds(args)]
 

@@ -344,10 +344,10 @@ class DecodableInformation(Measure):
     def _warn_of_unfinished(self, dib: DIB, num_samples: int, num_classes: int, epoch: int) -> None:
         """Once a run: which heads had too little training, as they do worse than heads that ignore their layer.
 
-        Behind a layer that tells nothing, heads end within (C − 1) / 2N nats of the entropy: that much frequencies
-        miss that were counted on N other samples, and settled heads saw N samples several times.
+        Behind a layer that tells nothing, heads end within (C − 1) / 2B nats of the entropy: that much frequencies
+        miss that were counted on one minibatch of B samples, and the falling rate averages over many.
         """
-        noise = (num_classes - 1) / (2 * num_samples)
+        noise = (num_classes - 1) / (2 * min(self.budget["batch_size"], num_samples))
         unfinished = {layer: excess for layer, excess in dib.excess.items() if excess > noise}
         if unfinished and not self._is_warned:
             self._is_warned = True

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from datasets import Dataset
+    from run.arrays import Arrays
     from run.console import Console
     from run.run_folder import RunFolder
 
@@ -34,6 +35,7 @@ class Measure(Callback):
     Measures before training (epoch 0) and after every epoch, or those in `epochs`. The results, {column: value}, lie
     in `values` until the next epoch ends; the trainer's loggers get them too, and callbacks can monitor them.
     `batches` gives the data by set, {"train": …, "test": …}; else the trainer's data module does, by `in_order`.
+    What is no number `measure` leaves in `arrays`, and in `settings` how it was made: `store` keeps both by epoch.
     """
 
     name: str  # in the column time/…
@@ -47,12 +49,16 @@ class Measure(Callback):
         batches: Mapping[str, Iterable[tuple[Tensor, Tensor]]] | None = None,
         cache_bytes: int | None = None,
         progress: Callable[[Iterable, str], Iterator] | None = None,
+        store: Arrays | None = None,
     ) -> None:
         self.epochs, self.layers, self.sets = epochs, layers, sets
         self.cache_bytes, self.progress = cache_bytes, progress
         self._batches = batches
         self._parts = 1  # of each batch, so that they fit into memory
         self.values: dict[str, float] = {}
+        self.store = store
+        self.arrays: dict[str, Tensor] = {}
+        self.settings: dict[str, Any] = {}
 
     @classmethod
     def from_flags(cls, args: Namespace, common: Mapping[str, Any], folder: RunFolder, console: Console) -> Self:
@@ -94,7 +100,10 @@ class Measure(Callback):
             if not (isinstance(error, NotFinite) and pl_module.hparams.get("keep_going")):
                 raise UserError(f"epoch {epoch}: {error}") from error
             warnings.warn(f"epoch {epoch}: {error} {self.name} is left out.", stacklevel=2)
-            values = {}
+            values, self.arrays = {}, {}
+        if self.store and self.arrays and trainer.is_global_zero:
+            sets = {"sets": list(self.sets), "seed": pl_module.hparams.get("seed")}
+            self.store.write(epoch, self.name, self.arrays, sets | self.settings)
         self.values = values | {f"time/{self.name}": time.perf_counter() - start}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:

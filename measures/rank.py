@@ -70,6 +70,26 @@ def rank(
     >>> figures["means_numerical"]
     1.0
     """
+    options = {"tolerance": tolerance, "exact_limit": exact_limit, "seed": seed, "ranks": ranks}
+    figures, _ = figures_and_spectra(features, batches, num_classes, cache_bytes, **options)
+    return figures
+
+
+def figures_and_spectra(
+    features: Features,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    cache_bytes: int | None = None,
+    *,
+    tolerance: float | None = None,
+    exact_limit: int = EXACT_LIMIT,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Tensor]]]:
+    """What `rank` gives, and the singular values behind it, {layer: {"": σ of H, "_of_means": σ of M}}.
+
+    They descend, float32, and those that float64 does not resolve are 0. Where H is folded, they are the folded one's.
+    """
     activations = Activations(features, batches, cache_bytes)
     means, counts = class_means(activations, num_classes, ranks)
     num_samples = int(counts.sum())
@@ -80,10 +100,14 @@ def rank(
     add_all(activations, streamed, counts, ranks)
     squares = {layer: gram.squares(ranks) for layer, gram in streamed.items()}
     squares |= sample_squares(activations, by_samples, counts, ranks)
-    return {
-        layer: layer_figures(mean, squares[layer], counts, tolerance, activations.dtypes[layer])
+    products = {layer: mean.M @ mean.M.T for layer, mean in means.items()}  # (C, C)
+    of_means = {layer: (torch.linalg.eigvalsh(product), product.trace()) for layer, product in products.items()}
+    figures = {
+        layer: layer_figures(mean, squares[layer], of_means[layer], counts, tolerance, activations.dtypes[layer])
         for layer, mean in means.items()
     }
+    spectra = {layer: {"": spectrum(squares[layer][0]), "_of_means": spectrum(of_means[layer][0])} for layer in means}
+    return figures, spectra
 
 
 class Gram:
@@ -201,20 +225,21 @@ def gathered_columns(
 
 
 def layer_figures(
-    mean: Means, squares: tuple[Tensor, Tensor], counts: Tensor, tolerance: float | None, dtype: torch.dtype
+    mean: Means,
+    squares: tuple[Tensor, Tensor],
+    squares_of_means: tuple[Tensor, Tensor],
+    counts: Tensor,
+    tolerance: float | None,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
-    """The six figures of a layer, from the σ² of its activations and their sum, and from its class means."""
+    """The six figures of a layer, from the σ² of its activations and of its class means, each with their sum."""
     num_samples, num_present, d = int(counts.sum()), int((counts > 0).sum()), len(mean.mu)
     floor = FLOAT32_EPS * math.sqrt(num_samples) * torch.linalg.vector_norm(mean.mu)
     vanishes = bool(squares[1].sqrt() <= floor)
     of_samples = figures(*squares, tolerance or default_tolerance(max(num_samples, d), dtype), vanishes)
-    product = mean.M @ mean.M.T  # (C, C); rows of absent classes add zeros to the spectrum
-    of_means = figures(
-        torch.linalg.eigvalsh(product),
-        product.trace(),
-        tolerance or default_tolerance(max(num_present, d), dtype),
-        mean.coincide,
-    )
+    # Rows of absent classes add zeros to the means' spectrum.
+    means_tolerance = tolerance or default_tolerance(max(num_present, d), dtype)
+    of_means = figures(*squares_of_means, means_tolerance, bool(mean.coincide))
     return of_samples | {f"means_{name}": value for name, value in of_means.items()}
 
 
@@ -228,8 +253,7 @@ def figures(squares: Tensor, energy: Tensor, tolerance: float, vanishes: bool) -
     if vanishes:
         return {"numerical": 0.0, "stable": math.nan, "effective": math.nan}
     largest = squares[-1]
-    squares = torch.where(squares > len(squares) * FLOAT64_EPS * largest, squares, 0)
-    sigma = squares.sqrt()
+    sigma = resolved(squares).sqrt()
     p = sigma / sigma.sum()
     return {
         "numerical": float((sigma > tolerance * sigma[-1]).sum()),
@@ -238,16 +262,30 @@ def figures(squares: Tensor, energy: Tensor, tolerance: float, vanishes: bool) -
     }
 
 
+def resolved(squares: Tensor) -> Tensor:
+    """The σ² in ascending order, with 0 for those that are nothing but rounding errors of the largest."""
+    return torch.where(squares > len(squares) * FLOAT64_EPS * squares[-1], squares, 0)
+
+
+def spectrum(squares: Tensor) -> Tensor:
+    """The singular values in descending order, float32, from their squares in ascending order."""
+    return resolved(squares).sqrt().flip(0).float()
+
+
 class Rank(Measure):
-    """Logs the rank figures of every measured layer, `rank/FIGURE/SET/LAYER`, of its activations and class means."""
+    """Logs the rank figures of every measured layer, `rank/FIGURE/SET/LAYER`, of its activations and class means.
+
+    The singular values behind them are kept as arrays, `singular_values/SET/LAYER` and `singular_values_of_means/…`.
+    """
 
     name = "rank"
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """Both sets' figures in this epoch."""
-        values = {}
+        values, self.arrays = {}, {}
+        self.settings = {"exact_limit": EXACT_LIMIT, "tolerance": "max(N, d) eps32"}
         for split in self.sets:
-            figures = rank(
+            figures, spectra = figures_and_spectra(
                 self.features(trainer, pl_module),
                 self.shown(self.batches(trainer, split), split),
                 pl_module.hparams.num_classes,
@@ -256,4 +294,6 @@ class Rank(Measure):
             )
             for layer, of_layer in figures.items():
                 values |= {f"rank/{figure}/{split}/{layer}": value for figure, value in of_layer.items()}
+                for which, sigma in spectra[layer].items():
+                    self.arrays[f"singular_values{which}/{split}/{layer}"] = sigma
         return values

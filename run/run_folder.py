@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from run.arrays import Arrays
 from run.checkpoints import read_checkpoint
 from run.epochs import why_of_one_length
 from run.errors import Interrupted, UserError, WrongFlag
@@ -36,6 +37,7 @@ class RunFolder:
         self.before = before
         self.is_ours = is_ours  # to write in
         self.is_new = is_new  # and may hold no run
+        self.arrays = Arrays(path)
         self.checkpoint: Path | None = None
         self.epoch: int | None = None
         last = path / "checkpoints" / "last.ckpt"
@@ -89,6 +91,7 @@ class RunFolder:
             is_free = not self.is_new or holds_no_run(self.path)  # else another run of that name was faster
             if is_free:
                 remove_leftovers(self.path)
+                self.arrays.drop_after(self.epoch)
         except BlockingIOError:
             is_free = False
         except OSError as error:

@@ -159,6 +159,8 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert [row[0] for row in rows[1:]] == [str(epoch) for epoch in range(len(rows) - 1)]
     if (whole / "dib.csv").exists():
         assert (run / "dib.csv").read_bytes() == (whole / "dib.csv").read_bytes()
+    kept = {path.relative_to(whole): path.read_bytes() for path in whole.glob("arrays/*/*")}
+    assert {path.relative_to(run): path.read_bytes() for path in run.glob("arrays/*/*")} == kept
     names = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
     for name in names:

@@ -1,0 +1,66 @@
+"""What a run keeps that is no number in a table: `arrays/epoch0003/MEASURE.npz`, there whole or not at all.
+
+with np.load("lightning_logs/version_0/arrays/epoch0003/rank.npz") as arrays:
+    sigma = arrays["singular_values/train/hidden1"]
+    settings = json.loads(str(arrays["settings"]))
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from run.errors import UserError
+from run.files import write_whole
+
+SETTINGS = "settings"  # the name under which they lie among the arrays
+FOLDER = re.compile(r"epoch(\d{4,})")
+
+
+class Arrays:
+    """The folder `arrays/` of a run; of a resumed one, up to its checkpoint's epoch."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / "arrays"
+
+    def write(self, epoch: int, measure: str, arrays: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+        """Keep a measure's arrays of this epoch, and with them how they were made."""
+        content = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
+        about = {**settings, "epoch": epoch, "torch": str(torch.__version__), "numpy": np.__version__}
+        buffer = io.BytesIO()
+        np.savez(buffer, **content, **{SETTINGS: np.array(json.dumps(about))})
+        folder = self.path / f"epoch{epoch:04d}"
+        try:
+            self.path.mkdir(exist_ok=True)  # without its parents: a run's folder that is gone is not made again
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {folder}: {error.strerror}") from error
+        write_whole(folder / f"{measure}.npz", buffer.getvalue())
+
+    def drop_after(self, epoch: int | None) -> None:
+        """Remove what is newer than the checkpoint from which a run goes on; without one, everything."""
+        for folder in self.path.glob("epoch*"):
+            match = FOLDER.fullmatch(folder.name)
+            if match and (epoch is None or int(match[1]) > epoch):
+                shutil.rmtree(folder)
+
+
+def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays in such a file by name, and their settings."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+            return arrays, json.loads(str(arrays.pop(SETTINGS)))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except Exception as error:  # a broken archive answers with a dozen kinds of exceptions
+        raise UserError(f"{path} holds no arrays of a run: {' '.join(str(error).split())}") from None
