@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from run import slurm
+from run import command, slurm
 from run.catalogue import MEASURES
 from run.parser import Help, Parser
 from run.presets import (
@@ -76,7 +76,7 @@ def _selection() -> argparse.ArgumentParser:
 
 def _build_parser() -> Parser:
     parser = Parser(
-        prog="main.py",
+        prog=command.NAME,
         usage="%(prog)s [-m MODEL] [-d DATASET] [flag ...]",
         description="Train an image classifier and measure, after every epoch, how its layers organise the data.\n"
         "`-m ResNet -d CIFAR10 --help` shows the defaults for that model and dataset.",

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from run import ranks
-from run.ending import status_of
+from run.ending import memory_for, status_of
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -36,16 +36,17 @@ def story(argv: list[str]) -> int:
     from flags import get_args
 
     args = get_args(argv)
-    if args.list_layers:
-        list_layers(args)
-    elif isinstance(args.seed, list):
-        from run.sweep import sweep
+    with memory_for(args.batch_size):
+        if args.list_layers:
+            list_layers(args)
+        elif isinstance(args.seed, list):
+            from run.sweep import sweep
 
-        return sweep(args, argv)
-    elif args.measure:
-        measure(args)
-    else:
-        train(args)
+            return sweep(args, argv)
+        elif args.measure:
+            measure(args)
+        else:
+            train(args)
     return 0
 
 
@@ -205,10 +206,10 @@ def facts(trainer: Trainer, module: Classifier, data: Data, layers: dict[str, tu
     }
 
 
-def command() -> None:
+def from_shell() -> None:
     """The program, as it is called from a shell."""
     ranks.leave(main())
 
 
 if __name__ == "__main__":
-    command()
+    from_shell()

@@ -20,15 +20,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from figures.collapse import nc1_over_depth, nc1_over_epochs
+from figures.decodable import head_losses, minimality_over_epochs, nc1_against_minimality, sufficiency_minimality
 from figures.heat_maps import heat_map
 from figures.labels import family_of, is_known, label_of
 from figures.layerwise import measure_over_epochs
 from figures.pages import write
 from figures.range_test import lr_range_test
+from figures.rank import rank_over_depth, rank_over_epochs
 from figures.runs import Run, load
 from figures.settings import compare
 from figures.summary import summary
 from figures.training import training_curves
+from run import command
 from run.catalogue import MEASURES, found
 from run.errors import UserError
 
@@ -36,9 +40,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+__all__ = [
+    "figures", "head_losses", "heat_map", "load", "lr_range_test", "main", "measure_over_epochs",
+    "minimality_over_epochs", "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "rank_over_depth",
+    "rank_over_epochs", "sufficiency_minimality", "summary", "training_curves", "write",
+]  # fmt: skip
+
+
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of `python plots.py`."""
-    parser = argparse.ArgumentParser(prog="plots.py", description="Figures of a run, or of several.")
+    parser = argparse.ArgumentParser(prog=command.PLOTS_NAME, description="Figures of a run, or of several.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder that holds such folders")
     add("-o", "--output", default="plots", metavar="FOLDER", help="where to write (default: plots)")
@@ -98,8 +109,13 @@ def _write_all(runs: Sequence[Run], folder: Path, file_format: str) -> None:
 
 
 def _say(sentence: str) -> None:
-    print(f"plots.py: {sentence}", file=sys.stderr)
+    print(f"{command.PLOTS_NAME}: {sentence}", file=sys.stderr)
+
+
+def from_shell() -> None:
+    """The figures, as they are asked for from a shell."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from_shell()

@@ -43,7 +43,7 @@ class Arrays:
             self.path.mkdir(exist_ok=True)  # without its parents: a run's folder that is gone is not made again
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make {folder}: {error.strerror}") from error
+            raise UserError(f"cannot write {folder}: {error.strerror}") from error
         write_whole(folder / f"{measure}.npz", buffer.getvalue())
 
     def drop_after(self, epoch: int | None) -> None:

@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from run import ranks, slurm
+from run import command, ranks, slurm
 from run.errors import Interrupted, UserError, is_out_of_memory, is_too_large, write_what_the_terminal_can
 
 
@@ -47,10 +48,19 @@ def attempt(story: Callable[[], int]) -> int:
         if is_too_large(error):
             flags = "-lr/--learning-rate, --bias-lr-scale, --weight-decay or --dib-lr"
             return ended(f"a step became too large for --precision: lower {flags}", 1)
-        if is_out_of_memory(error):
-            ways = "a smaller -b/--batch-size, a smaller network, or --precision bf16-mixed"
-            return ended(f"out of memory: try {ways}", 1)
         raise
+
+
+@contextmanager
+def memory_for(batch_size: int) -> Iterator[None]:
+    """Inside, memory that runs out is the user's to mend: says how."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = f"a smaller -b/--batch-size than {batch_size}, a smaller network, or --precision bf16-mixed"
+        raise UserError(f"out of memory: try {ways}") from error
 
 
 def ended(why: object, status: int) -> int:
@@ -61,5 +71,5 @@ def ended(why: object, status: int) -> int:
     rank = ranks.name_by_environment()
     if rank:
         time.sleep(ranks.COURTESY)
-    print(f"main.py: {rank}{why}", file=sys.stderr)
+    print(f"{command.NAME}: {rank}{why}", file=sys.stderr)
     return status

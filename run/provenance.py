@@ -28,10 +28,12 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The checkout's commit, with a `+` where files differ from it."""
+    """The commit of the checkout that this is, with a `+` where files differ from it."""
     # In a container the checkout is mounted, of an owner whom git does not trust by itself.
     git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent)]
     try:
+        # An installed program may lie within somebody else's checkout.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout: an image, which may know, or an archive

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from run import command
 from run.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _connect(trainer: Trainer, ranks: Ranks) -> None:
         started += _taken(getattr(strategy.launcher, "procs", []))
         if not is_told and time.monotonic() - begin > PUNCTUAL:
             where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            print(f"main.py: waiting for all {ranks.num} processes at {where}", file=sys.stderr, flush=True)
+            print(f"{command.NAME}: waiting for all {ranks.num} processes at {where}", file=sys.stderr, flush=True)
             is_told = True
     [end] = ends
     if isinstance(end, ValueError | RuntimeError) and not is_lost_rank(end):
@@ -164,7 +165,7 @@ def _end_without(processes: list[Popen], ranks: Ranks) -> None:
     while not any(process.poll() for process in processes):
         time.sleep(WATCH)
     time.sleep(COURTESY)
-    print(f"main.py: {LOST}{ranks.advice}", file=sys.stderr, flush=True)
+    print(f"{command.NAME}: {LOST}{ranks.advice}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from run import command
 from run.arrays import Arrays
 from run.checkpoints import read_checkpoint
 from run.epochs import why_of_one_length
@@ -114,7 +115,7 @@ class RunFolder:
     @property
     def advice(self) -> str:
         """How to take up a run that ended early."""
-        return f"; `python main.py --resume {shlex.quote(str(self.path))}` goes on"
+        return f"; `{command.LINE} --resume {shlex.quote(str(self.path))}` goes on"
 
     def refuse_other_length(self, args: Namespace) -> None:
         """Refuse `--epochs` with which this run, resumed, would not become what a run of that many epochs is."""

@@ -19,11 +19,11 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from run import command as program
 from run import ranks, slurm
 from run.errors import Interrupted
 from run.tables import seeds_table
 
-MAIN = Path(__file__).parents[1] / "main.py"
 NOTE = "NOTE_OF_RESULTS"  # in a seed's environment: the open file in which it notes where its results lie
 OUT_OF_TIME = 128 + signal.SIGUSR1
 
@@ -43,14 +43,14 @@ def sweep(args: Namespace, argv: Sequence[str]) -> int:
                 folders[seed] = folder
             else:
                 failed[seed] = status
-                print(f"main.py: seed {seed} failed with exit status {status}", file=sys.stderr)
+                print(f"{program.NAME}: seed {seed} failed with exit status {status}", file=sys.stderr)
     except Interrupted as signal_:
         signal_.advice = f"; finished are seeds {words(folders)} of {words(seeds)}"
         raise
     finally:
         say(args, closing(folders))
     if failed:
-        print(f"main.py: of seeds {words(seeds)} failed {words(failed)}", file=sys.stderr)
+        print(f"{program.NAME}: of seeds {words(seeds)} failed {words(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -68,7 +68,7 @@ def words(seeds: Sequence[int] | dict[int, object]) -> str:
 def command(argv: Sequence[str], name: str | None, seed: int) -> list[str]:
     """The command line of one seed: the last --seed and --name count."""
     own_name = [] if name is None else ["--name", f"{name}_seed{seed}"]
-    return [sys.executable, str(MAIN), *argv, "--seed", str(seed), *own_name]
+    return [*program.argv(), *argv, "--seed", str(seed), *own_name]
 
 
 def run(line: Sequence[str], env: Mapping[str, str]) -> tuple[int, Path | None]:
@@ -113,7 +113,7 @@ def closing(folders: dict[int, Path | None]) -> str:
     if len(known) < 2:
         return ""
     last_rows = [last_row(folder / "metrics.csv") for folder in known.values()]
-    return f"\n{seeds_table(list(known), last_rows)}\n\npython plots.py {shlex.join(map(str, known.values()))}"
+    return f"\n{seeds_table(list(known), last_rows)}\n\n{program.PLOTS_LINE} {shlex.join(map(str, known.values()))}"
 
 
 def last_row(path: Path) -> dict[str, str]:

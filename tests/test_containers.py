@@ -23,7 +23,8 @@ from stand_ins import ROOT, StandIns, tool
 
 PYPI_NAMES = {"pytorch": "torch"}  # where conda calls a package otherwise
 BY_THE_NOTEBOOK = {"ipykernel"}  # imported by nobody, named by the notebook's kernel
-PROGRAM = [*ROOT.glob("*.py"), *(path for name in ("figures", "measures", "run") for path in ROOT.glob(f"{name}/*.py"))]
+FOLDERS = ("figures", "measures", "run")
+PROGRAM = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
 IN_THE_IMAGE = {*(str(path.relative_to(ROOT)) for path in PROGRAM), "plots.ipynb", "environment.yaml"}
 TORCH = """
 import os, tempfile
@@ -108,8 +109,8 @@ def imports(*paths):
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    own = {path.stem for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")} | {"figures"}
-    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - own
+    own = {path.stem for folder in (".", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")}
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - own - set(FOLDERS)
 
 
 def code_of(notebook):
@@ -131,7 +132,7 @@ def with_their_own(names):
 
 
 def test_every_import_of_the_program_is_listed_and_every_listed_package_imported():
-    used = packages(imports(*PROGRAM, ROOT / "plots.ipynb"))
+    used = packages(imports(*(path for path in PROGRAM if path.stem != "setup"), ROOT / "plots.ipynb"))
     assert used <= with_their_own(PIP)
     assert PIP.keys() - used == BY_THE_NOTEBOOK
     assert json.loads((ROOT / "plots.ipynb").read_text())["metadata"]["kernelspec"]["name"] == "python3"

@@ -400,7 +400,7 @@ def test_a_truncated_cifar10_archive_is_an_error_and_the_next_start_mends_it(cif
 
 
 def test_a_server_that_never_answers_is_given_up_soon(mnist, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "PATIENCE", 0.3)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
@@ -411,7 +411,7 @@ def test_a_server_that_never_answers_is_given_up_soon(mnist, tmp_path, monkeypat
 
 
 def test_a_server_that_falls_silent_half_way_is_given_up_soon(mnist, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "PATIENCE", 0.3)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.3)
     server.stalled.add("/train-images-idx3-ubyte.gz")
     with pytest.raises(UserError, match=r"the download failed .*timed out"):
         load("MNIST", tmp_path)

@@ -18,6 +18,7 @@ import datasets
 import main
 from classifier import Classifier
 from networks import MLP
+from run.trainer import use_threads
 
 MAIN = Path(__file__).parent.parent / "main.py"
 SHORT = ["-e", "2", "--dib-epochs", "1", "--no-plots"]
@@ -311,7 +312,7 @@ def test_small_networks_get_one_thread_and_others_their_share_unless_told(
     if not chosen_outside:
         monkeypatch.delenv("OMP_NUM_THREADS")
     module = torch.nn.ModuleDict({"network": MLP((12,), 2, widths=[width])})
-    main.use_threads({"threads": asked, "devices": devices}, module)
-    main.use_threads({"threads": asked, "devices": devices}, module)  # as before and after a range test
+    use_threads({"threads": asked, "devices": devices}, module.network)
+    use_threads({"threads": asked, "devices": devices}, module.network)  # as before and after a range test
     assert used == [16, num, num]
     assert os.environ["OMP_NUM_THREADS"] == ("16" if chosen_outside else str(num))

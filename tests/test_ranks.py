@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -290,7 +291,7 @@ def test_a_wrong_flag_is_said_once(tmp_path):
 
 
 def test_a_name_that_is_taken_is_said_and_no_task_waits(tmp_path):
-    (LOGS / "taken").mkdir(parents=True)
+    (LOGS / "taken/checkpoints").mkdir(parents=True)
     start = time.monotonic()
     statuses, text = run_tasks([*TINY, "--name", "taken"], tmp_path)
     assert statuses == [1, 1] and "main.py: --name: lightning_logs/taken exists already" in text
@@ -311,7 +312,7 @@ def test_a_checkpoint_that_not_every_machine_sees_is_refused(tmp_path):
             return tmp_path, 3
 
     with pytest.raises(Exception, match="does not hold the same checkpoint on every machine"):
-        RunFolder.of(None, Elsewhere(1, 2))
+        RunFolder.of(Namespace(resume=None), Elsewhere(1, 2))
 
 
 # None outlives the others

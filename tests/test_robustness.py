@@ -475,7 +475,7 @@ def test_a_measure_for_which_no_batch_is_small_enough_is_one_sentence(capsys, mo
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(neural_collapse, "neural_collapse", exhausted)
+    monkeypatch.setattr(neural_collapse, "nc1_of_labelings", exhausted)
     with pytest.warns(UserWarning, match="Out of memory in nc1"):
         assert main.main([*TINY, "--no-dib"]) == 1
     assert "epoch 0: out of memory in the measure nc1" in told(capsys)

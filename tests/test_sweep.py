@@ -26,6 +26,7 @@ from run.sweep import command
 from run.tables import seeds_table
 
 LOGS = Path("lightning_logs")
+STARTED_AS = "import sys, main; from run import command; command.argv = lambda: {words}; sys.exit(main.main())"
 STAND_IN = """
 import os, pathlib, signal, sys, time
 argv = sys.argv[1:]
@@ -76,7 +77,7 @@ def stand_in(tmp_path, monkeypatch):
     """A program in place of `main.py` that says at once where its results lie, kills itself with seed 13."""
     program = tmp_path / "stand_in.py"
     program.write_text(STAND_IN)
-    monkeypatch.setattr(sweep, "MAIN", program)
+    monkeypatch.setattr(sweep.program, "argv", lambda: [sys.executable, str(program)])
 
 
 def test_each_seed_has_its_own_run_and_a_failing_one_stops_no_other(tmp_path):
@@ -180,7 +181,7 @@ def screen(text):
 def test_at_a_terminal_every_line_stands_whole_and_alone_between_progress_bars(tmp_path):
     program = tmp_path / "with_bars.py"
     program.write_text(STAND_IN.replace('print("training")', WITH_A_BAR))
-    code = f"import sys, sweep, pathlib, main; sweep.MAIN = pathlib.Path({str(program)!r}); sys.exit(main.main())"
+    code = STARTED_AS.format(words=[sys.executable, str(program)])
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"
     status, lines = at_a_terminal([sys.executable, "-c", code, "--seed", "1", "4"])
     seeds = [
@@ -235,7 +236,7 @@ def test_the_ranks_of_every_seed_meet_at_a_port_of_its_own(env, ports, monkeypat
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_reaches_the_seed_that_runs_and_ends_the_sweep(number, status, stand_in, tmp_path):
     (tmp_path / "signal_of" / "2").mkdir(parents=True)
-    code = f"import sys, sweep, pathlib, main; sweep.MAIN = pathlib.Path({str(sweep.MAIN)!r}); sys.exit(main.main())"
+    code = STARTED_AS.format(words=sweep.program.argv())
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-c", code, "--seed", "1", "2", "3"]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | slurm)
