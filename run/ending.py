@@ -4,11 +4,15 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from run import command, ranks, slurm
 from run.errors import Interrupted, UserError, is_out_of_memory, is_too_large, write_what_the_terminal_can
+
+FORMAT = warnings.formatwarning
 
 
 def status_of(story: Callable[[], int]) -> int:
@@ -18,6 +22,7 @@ def status_of(story: Callable[[], int]) -> int:
         if getattr(sys, name) is None:  # closed by `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     write_what_the_terminal_can()
+    warnings.formatwarning = in_a_sentence
     ranks.end_with_starter()
     try:
         return attempt(story)
@@ -49,6 +54,17 @@ def attempt(story: Callable[[], int]) -> int:
             flags = "-lr/--learning-rate, --bias-lr-scale, --weight-decay or --dib-lr"
             return ended(f"a step became too large for --precision: lower {flags}", 1)
         raise
+
+
+def in_a_sentence(
+    message: Warning | str, category: type[Warning], file: str, number: int, line: str | None = None
+) -> str:
+    """How a warning is printed: the program's own by itself, as where in the code it is raised helps nobody."""
+    within = file.removeprefix(str(Path(__file__).parents[1]))
+    is_own = within != file and "site-packages" not in within  # the checkout may hold an environment
+    if is_own and category is UserWarning:
+        return f"{command.NAME}: warning: {message}\n"
+    return FORMAT(message, category, file, number, line)
 
 
 @contextmanager

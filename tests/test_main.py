@@ -18,6 +18,7 @@ import datasets
 import main
 from classifier import Classifier
 from networks import MLP
+from run.ending import in_a_sentence
 from run.trainer import use_threads
 
 MAIN = Path(__file__).parent.parent / "main.py"
@@ -316,3 +317,10 @@ def test_small_networks_get_one_thread_and_others_their_share_unless_told(
     use_threads({"threads": asked, "devices": devices}, module.network)  # as before and after a range test
     assert used == [16, num, num]
     assert os.environ["OMP_NUM_THREADS"] == ("16" if chosen_outside else str(num))
+
+
+def test_a_warning_of_the_program_is_a_sentence_and_those_of_libraries_say_where_they_come_from(in_an_empty_folder):
+    argv = ["-w", "6", "4", "--limit", "1", "-e", "1", "--measure-at", "0", "--measure-sets", "train", "--no-dib"]
+    done = subprocess.run([sys.executable, MAIN, *argv, "--no-plots", "--quiet"], capture_output=True, text=True)
+    assert done.stderr.startswith("main.py: warning: NC1 is not defined for layer") and done.stderr.count("\n") == 1
+    assert "library.py:7: UserWarning: mind" in in_a_sentence("mind", UserWarning, "library.py", 7)
