@@ -58,7 +58,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags = merged(DEFAULTS, preset(chosen["model"], chosen["dataset"]), stored, given)
     if "measure_every" in given and "measure_at" not in given:
         flags["measure_at"] = None  # the preset's epochs give way to the user's
-    if "layers" in given and "dib_layers" not in stored | given:
+    if "layers" in stored | given and "dib_layers" not in stored | given:
         flags["dib_layers"] = None  # and so do its layers
     _refuse_bad_combinations(parser, given, flags)
     args = argparse.Namespace(**flags)

@@ -142,6 +142,7 @@ def measure(args: Namespace) -> None:
 
 def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Console) -> None:
     """Say what came out and where it lies."""
+    from run.sweep import note_results
     from run.tables import closing
 
     folder = record.folder
@@ -150,6 +151,7 @@ def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Con
         if args.plots:
             draw(folder, "summary", console)
         print(f"results in {folder.path}")
+        note_results(folder.path)
 
 
 def draw(folder: RunFolder, figure: str, console: Console) -> None:

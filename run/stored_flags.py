@@ -15,7 +15,7 @@ def stored_flags(parser: Parser, given: dict) -> dict:
         parser.error("argument -c/--config: not allowed with --resume, which takes the run's own flags")
     if "resume" in given:
         given["resume"] = str(_run_to_resume(parser, given))
-        stored = _read_config(parser, Path(given["resume"]) / "hparams.yaml", "--resume")
+        stored = _read_config(parser, Path(given["resume"]) / "hparams.yaml", "--resume", is_whole_run=True)
         _refuse_changes(parser, stored, given)
         return stored
     if "config" in given:
@@ -55,7 +55,7 @@ def _refuse_changes(parser: Parser, stored: dict, given: dict) -> None:
         )
 
 
-def _read_config(parser: Parser, path: Path, flag: str) -> dict:
+def _read_config(parser: Parser, path: Path, flag: str, *, is_whole_run: bool = False) -> dict:
     """The flags in a YAML mapping from flag names to values, checked as the command line is."""
     import yaml  # only where a file is read: the rest of the command line does without
 
@@ -67,6 +67,8 @@ def _read_config(parser: Parser, path: Path, flag: str) -> dict:
         parser.error(f"argument {flag}: {path} is not plain YAML: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         parser.error(f"argument {flag}: {path} must hold a mapping from flag names to values")
+    if is_whole_run and "provenance" not in content:
+        parser.error(f"argument {flag}: {path} is cut off: a run's provenance is missing at its end")
     parser.source = f"{path}: "
     known = [name for name in DEFAULTS if name not in OF_ONE_CALL]
     argv: list[str] = []

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from run.catalogue import MEASURES, column
+from run.catalogue import MEASURES, column, measure_of
 
 UNSUMMED = ("epoch", "lr", "time/")
 
@@ -78,7 +78,8 @@ def titles(row: Mapping[str, str], layers: Sequence[str]) -> dict[str, str]:
     parts = (name.rpartition("/") for name in row)
     names = dict.fromkeys(name for name, _, layer in parts if layer in layers and name not in ("", "time"))
     families = {name: column(name) for name in names}
-    return {name: family.closing[split] for name, (family, split) in families.items() if split in family.closing}
+    shown = {name: family.closing[split] for name, (family, split) in families.items() if split in family.closing}
+    return dict(sorted(shown.items(), key=lambda item: measure_of(item[0]) is None))  # those of the catalogue first
 
 
 def seeds_table(seeds: Sequence[int], rows: Sequence[Mapping[str, str]]) -> str:

@@ -121,7 +121,7 @@ def press_often() -> None:
         ("classifier:Classifier.training_step", 20),
         ("run.console:Console.teardown", 1),
         ("run.run_folder:RunFolder.__exit__", 1),
-        ("main:ended", 1),
+        ("run.ending:ended", 1),
     ):
         at_call(name, number, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(3)])
 

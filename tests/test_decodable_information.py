@@ -646,7 +646,7 @@ def test_too_few_samples_for_dib_are_told_before_a_folder_is_made(argv, in_an_em
 
 
 def test_a_run_from_before_minimality_had_its_zero_is_told_where_the_columns_change(in_an_empty_folder):
-    argv = ["--dib-epochs", "30", "--name", "old", "--limit", "200"]
+    argv = ["--dib-epochs", "30", "--name", "old", "--limit", "200", "--schedule", "constant", "--warmup", "0"]
     assert warnings_of(argv) == []
     path = Path("lightning_logs/old/hparams.yaml")
     hparams = yaml.safe_load(path.read_text())

@@ -11,8 +11,9 @@ import yaml
 import datasets
 import flags
 import networks
-from flags import OF_ONE_CALL, get_args
+from flags import get_args
 from measures.heads import head_epochs
+from run import presets, values
 from run.epochs import epochs_to_measure
 from run.presets import DEFAULTS, PRESETS, flags_of_run
 
@@ -20,9 +21,9 @@ MAIN = Path(__file__).parent.parent / "main.py"
 
 
 def test_choices_are_the_names_that_the_modules_know():
-    assert set(networks.NETWORKS) == set(flags.MODELS)
-    assert set(datasets.DATASETS) == set(flags.DATASETS)
-    assert set(networks.NONLINEARITIES) == set(flags.NONLINEARITIES)
+    assert set(networks.NETWORKS) == set(presets.MODELS)
+    assert set(datasets.DATASETS) == set(presets.DATASETS)
+    assert set(networks.NONLINEARITIES) == set(presets.NONLINEARITIES)
 
 
 def test_bare_command_trains_the_mlp_of_the_paper_on_szt():
@@ -32,8 +33,8 @@ def test_bare_command_trains_the_mlp_of_the_paper_on_szt():
 
 def test_every_flag_has_a_default_and_every_preset_value_is_a_flag():
     assert set(vars(get_args([]))) == set(DEFAULTS)
-    for values in PRESETS.values():
-        assert set(values) <= set(DEFAULTS) - set(OF_ONE_CALL)
+    for preset in PRESETS.values():
+        assert set(preset) <= set(DEFAULTS) - set(presets.OF_ONE_CALL)
 
 
 def test_the_command_line_goes_before_the_config_before_the_preset(tmp_path):
@@ -216,7 +217,7 @@ def test_an_extreme_number_is_a_finite_value_or_refused_in_a_sentence_with_the_f
         assert end.code == 2 and flag in told and told.count("\n") == 1 and len(told) < 300
     else:
         for item in value if isinstance(value, list) else [value]:
-            assert 0 <= float(item) <= flags.MAX_RATE and not str(item).startswith("-")
+            assert 0 <= float(item) <= values.MAX_RATE and not str(item).startswith("-")
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_a_wrong_flag_is_answered_before_anything_heavy_is_imported():
 
 
 def test_a_resumed_run_keeps_its_budget_of_the_heads_however_it_was_given(tmp_path, capsys):
-    flags_then = flags_of_run(get_args([])) | {"dib_epochs": 7}
+    flags_then = flags_of_run(get_args([])) | {"dib_epochs": 7, "provenance": {}}
     del flags_then["dib_steps"]  # a run from before there were steps
     (tmp_path / "hparams.yaml").write_text(yaml.safe_dump(flags_then))
     resume = ["--resume", str(tmp_path)]
@@ -337,7 +338,7 @@ def test_a_resumed_run_keeps_its_budget_of_the_heads_however_it_was_given(tmp_pa
 
 @pytest.mark.parametrize("line", ["-e 3 -lr 0.5", "-m MNISTNet", "-w 3"])
 def test_a_resumed_run_keeps_what_makes_it_that_run(line, tmp_path, capsys):
-    (tmp_path / "hparams.yaml").write_text(yaml.safe_dump(flags_of_run(get_args([]))))
+    (tmp_path / "hparams.yaml").write_text(yaml.safe_dump(flags_of_run(get_args([])) | {"provenance": {}}))
     with pytest.raises(SystemExit) as end:
         get_args(["--resume", str(tmp_path), *line.split()])
     assert end.value.code == 2 and "resumed run keeps" in capsys.readouterr().err

@@ -40,11 +40,11 @@ from processes import (
 
 import flags
 import main
-import utils
 from classifier import Classifier
 from flags import get_args
 from measures import heads, neural_collapse
-from run import slurm
+from measures.layers import matching
+from run import presets, ranks, slurm
 from run.checkpoints import read_checkpoint
 from run.epochs import epochs_to_measure, why_of_one_length
 from run.errors import Interrupted, UserError, WrongFlag, is_out_of_memory
@@ -869,7 +869,7 @@ def test_the_fewest_samples_that_are_not_refused_train_and_are_measured(
 
 def test_more_processes_than_cpus_can_serve_are_refused_where_there_is_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    num = flags.PROCESSES_PER_CPU * os.cpu_count() + 1
+    num = ranks.PROCESSES_PER_CPU * os.cpu_count() + 1
     assert main.main([*TINY, "--devices", str(num), "-b", "100000"]) == 2
     assert f"--devices: {num} processes are too many" in told(capsys)
     assert not LOGS.exists()
@@ -898,7 +898,7 @@ def test_the_most_extreme_numbers_end_in_a_result_or_a_sentence(case, capsys):
 # Nobody reads
 
 
-@pytest.mark.parametrize(("line", "status"), [("--list-layers", 0), (" ".join([*TINY, "--limit", "99"]), 1)])
+@pytest.mark.parametrize(("line", "status"), [("--list-layers", 0), (" ".join([*TINY, "--no-dib"]), 1)])
 def test_a_pipe_that_nobody_reads_ends_quietly(line, status):
     """Who reads a list has seen enough; a run that was cut short says so."""
     reader, writer = os.pipe()
@@ -910,7 +910,7 @@ def test_a_pipe_that_nobody_reads_ends_quietly(line, status):
     assert (done.returncode, done.stderr) == (status, "main.py: standard output: Broken pipe\n" * status)
 
 
-@pytest.mark.parametrize("line", ["--list-layers", " ".join([*TINY, "--limit", "99"])])
+@pytest.mark.parametrize("line", ["--list-layers", " ".join([*TINY, "--no-dib"])])
 def test_a_closed_standard_output_changes_nothing_else(line):
     done = subprocess.run(
         ["bash", "-c", f"exec {sys.executable} {ROOT / 'main.py'} {line} >&-"], stderr=subprocess.PIPE, text=True
@@ -969,7 +969,7 @@ SCALARS = (
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3)
 )
-NAMES = st.sampled_from(sorted(set(flags.DEFAULTS) - {"config"})) | st.text(max_size=8)
+NAMES = st.sampled_from(sorted(set(presets.DEFAULTS) - {"config"})) | st.text(max_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -989,7 +989,7 @@ def args_or_sentence(capsys):
             text = capsys.readouterr().err
             assert end.code == 2 and text.startswith("main.py: error: ") and text.count("\n") == 1
             return None
-        assert set(vars(args)) == set(flags.DEFAULTS)
+        assert set(vars(args)) == set(presets.DEFAULTS)
         return args
 
     return read
@@ -1036,7 +1036,7 @@ def test_any_epoch_patterns_give_epochs_of_the_run_or_are_refused(patterns, args
 def test_any_layer_patterns_choose_layers_in_order_or_are_refused(patterns):
     layers = ["hidden1", "hidden2", "features.1.0", "avgpool"]
     try:
-        chosen = utils.layers_matching(patterns, layers, "--layers")
+        chosen = matching(patterns, layers, "--layers")
     except WrongFlag as error:
         assert "--layers" in str(error)
     else:

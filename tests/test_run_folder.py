@@ -11,8 +11,8 @@ import pytest
 import torch
 from processes import ROOT
 
-from run import run_folder
-from run.checkpoints import read_checkpoint
+from run import provenance as of_module
+from run.checkpoints import WholeCheckpoints, read_checkpoint
 from run.errors import UserError
 from run.files import write_whole
 from run.provenance import provenance
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_holds_code_is_refused_and_nothing_of_it_runs(tmp_path
         with pytest.raises(UserError, match=name):
             read_checkpoint(tmp_path / name)
         with pytest.raises(UserError, match=name):
-            run_folder.WholeCheckpoints().load_checkpoint(tmp_path / name)
+            WholeCheckpoints().load_checkpoint(tmp_path / name)
     assert not Hostile.target.exists()
 
 
@@ -194,8 +194,8 @@ def test_without_a_checkout_the_commit_is_the_one_that_an_image_was_built_from(m
 
 def copied_checkout(folder):
     """A checkout of its own with this module in it, and its commit."""
-    for name in ("run_folder.py", "slurm.py", "errors.py", "ranks.py"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("provenance.py", "slurm.py"):
+        shutil.copy(ROOT / "run" / name, folder)
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "all"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
@@ -211,7 +211,7 @@ def test_a_checkout_of_another_user_is_known_by_its_own_commit(tmp_path, monkeyp
         os.chown(path, 65534, 65534)
     for name, value in {"GIT_COMMIT": "of_the_image", "HOME": str(tmp_path), "GIT_CONFIG_GLOBAL": "/dev/null"}.items():
         monkeypatch.setenv(name, value)  # nobody's own settings trust it
-    monkeypatch.setattr(run_folder, "__file__", str(checkout / "run_folder.py"))
+    monkeypatch.setattr(of_module, "__file__", str(checkout / "provenance.py"))
     assert provenance()["git_commit"] == commit
     (checkout / "slurm.py").write_text("")
     assert provenance()["git_commit"] == commit + "+"

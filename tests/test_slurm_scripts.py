@@ -14,11 +14,11 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from processes import finish
 from stand_ins import ROOT, StandIns, tool
 
-import main
 from flags import get_args
 from run import slurm
 from run.errors import UserError
 from run.presets import PRESETS
+from run.trainer import new_trainer
 
 SCRIPTS = ["array.sh", "container.sh", "run.sh"]
 FLAGS = ["-m", "ResNet", "-d", "CIFAR10", "--log-dir", "a b/*"]
@@ -205,7 +205,7 @@ def test_lightning_takes_every_task_for_one_of_its_processes(script, nodes, per_
         assert (seen.node_rank(), seen.local_rank()) == divmod(rank, per_node)
         seen.validate_settings(args.devices, args.num_nodes)  # raises where they do not match
         assert slurm.job_id() == "77"
-    trainer = main.new_trainer(args)  # of the last rank
+    trainer = new_trainer(args)  # of the last rank
     assert (trainer.world_size, trainer.num_nodes, trainer.num_devices) == (len(calls), nodes, per_node)
     assert trainer.global_rank == rank
 
@@ -222,7 +222,7 @@ def test_ntasks_without_ntasks_per_node_is_refused_with_what_to_set(cluster, as_
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(UserError, match="--ntasks-per-node=2"):
-        main.new_trainer(args)
+        new_trainer(args)
 
 
 @pytest.mark.parametrize("quiet", [True, False])

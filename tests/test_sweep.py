@@ -62,7 +62,8 @@ bar.close()
 
 
 WAITING = """
-import pathlib, time, ranks
+import pathlib, time
+from run import ranks
 ranks.end_with_starter()
 pathlib.Path("begun").touch()
 time.sleep(60)
@@ -120,7 +121,7 @@ def test_the_command_of_a_seed_means_that_seed_and_a_name_of_its_own():
 
 def test_means_and_deviations_by_hand():
     lines = seeds_table([0, 1, 2], [{"epoch": "1", "a": text, "b": "nan"} for text in ("1", "2", "6")]).splitlines()
-    assert lines[0].split() == ["3", "run.seeds:", "0", "1", "2", "mean", "±", "std", "lowest", "highest"]
+    assert lines[0].split() == ["3", "seeds:", "0", "1", "2", "mean", "±", "std", "lowest", "highest"]
     assert lines[1].split() == ["a", "3", "2.646", "1", "6"]  # sqrt((4 + 1 + 9) / 2)
     assert lines[2].split() == ["b", *"––––"]
 
@@ -137,7 +138,7 @@ def test_a_kill_of_one_seed_stops_no_other(stand_in, capfd):
 
 def test_with_the_sweep_its_seed_ends(stand_in, tmp_path):
     """The sweep is killed; what it started notices, here by the main module's own watch."""
-    code = f"import sys, pathlib, sweep; sys.exit(sweep.run({[sys.executable, '-c', WAITING]!r}, {{}})[0])"
+    code = f"import sys; from run import sweep; sys.exit(sweep.run({[sys.executable, '-c', WAITING]!r}, {{}})[0])"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
