@@ -251,7 +251,7 @@ def test_which_extreme_numbers_a_flag_takes(flag, allowed):
 
 
 def test_more_processes_than_cpus_can_serve_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(flags.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert get_args(["--accelerator", "cpu", "--devices", "8"]).devices == 8
     with pytest.raises(SystemExit) as end:
         get_args(["--accelerator", "cpu", "--devices", "9"])
