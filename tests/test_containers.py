@@ -422,8 +422,8 @@ COMMANDS = ["docker build -t master_thesis .",
             "apptainer run --nv master_thesis.sif python main.py -m ResNet -d CIFAR10"]  # fmt: skip
 
 
-def test_the_readme_has_the_commands_word_for_word():
-    readme = (ROOT / "README.md").read_text()
-    assert [command for command in COMMANDS if command not in readme] == []
+def test_the_page_on_containers_has_the_commands_word_for_word():
+    page = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    assert [command for command in COMMANDS if command not in page] == []
     folder = dict(DOCKERFILE)["WORKDIR"]
-    assert set(re.findall(r'-v "\$PWD[^:]*:([^"]*)"', readme)) == {folder, f"{folder}/data", f"{folder}/lightning_logs"}
+    assert set(re.findall(r'-v "\$PWD[^:]*:([^"]*)"', page)) == {folder, f"{folder}/data", f"{folder}/lightning_logs"}
