@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from datasets import Batches, decodable_labels, load
 from measures.decodable_information import decodable_information
-from measures.engines import ENGINES, fastest
-from measures.heads import Budget, Family, own_copy, vmappable
+from measures.engines import ENGINES, fastest, vmappable
+from measures.heads import Budget, Family, own_copy
 from networks import MLP, NETWORKS, Network
 from run.presets import preset
 

@@ -25,15 +25,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import datasets
-import main as program
-from classifier import LOOKAHEAD_STEPS, Classifier, logits_over_views
+from classifier import LOOKAHEAD_STEPS, Classifier, logits_over_views, new_classifier
 from datasets import Batches, Data
 from flags import get_args
+from main import load_data
 from networks import evaluating
 from run.console import Console
 from run.presets import flags_of_run
 from run.record import RunRecord
 from run.run_folder import RunFolder
+from run.trainer import new_trainer
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ class Case:
         self.device = "cuda" if args.accelerator == "gpu" else "cpu"
 
     def module(self) -> Classifier:
-        return program.new_classifier(flags_of_run(self.args), self.data)
+        return new_classifier(flags_of_run(self.args), self.data)
 
     def batches(self, split: str, batch_size: int, **options: object) -> Batches:
         return Batches(self.data.dataset, split, batch_size, device=self.device, **options)
@@ -94,7 +95,7 @@ class Clock(Callback):
 
 def szt(epochs: int) -> Case:
     args = quiet_args("-m", "MLP", "-d", "SZT", "-e", str(epochs))
-    return Case(program.load_data(args), args)
+    return Case(load_data(args), args)
 
 
 def images(model: str, shape: tuple[int, ...], num: int, batch_size: int) -> Case:
@@ -224,7 +225,7 @@ def fitted(case: Case, datamodule: Data | None = None, train_dataloaders: object
            callbacks: Sequence[Callback] = (), **options: object) -> tuple[Classifier, float]:  # fmt: skip
     """A module trained by the program's trainer, and its seconds."""
     clock = Clock(case)
-    trainer = program.new_trainer(case.args, callbacks=[clock, *callbacks], **options)
+    trainer = new_trainer(case.args, callbacks=[clock, *callbacks], **options)
     module = case.module()
     trainer.fit(module, train_dataloaders, val_dataloaders, datamodule=datamodule)
     return module, clock.seconds()
