@@ -91,3 +91,38 @@ def test_the_command_line_needs_nothing_heavy():
         roots |= {alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names}
         assert not {root.partition(".")[0] for root in roots} & HEAVY, name
         waiting |= {other for other in imported(files[name]) if other.startswith("run.")} - seen
+
+
+# Where the tests of a module are that has no file of its own: `test_ranks` tests `run/ranks.py`, and …
+TESTED_WITH = {
+    "setup": "test_package",
+    "utils": "test_main",
+    "run.catalogue": "test_tables",
+    "run.command": "test_package",
+    "run.console": "test_main",
+    "run.ddp": "test_ranks",
+    "run.ending": "test_robustness",
+    "run.errors": "test_robustness",
+    "run.parser": "test_flags",
+    "run.seeds": "test_classifier",
+    "run.slurm": "test_robustness",
+    "run.trainer": "test_main",
+    "measures.chains": "test_decodable_information",
+    "measures.engines": "test_decodable_information",
+    "measures.heads": "test_decodable_information",
+    "measures.measure": "test_main",
+    "figures.labels": "test_figures_layerwise",
+    "figures.pages": "test_figures_style",
+}
+
+
+def test_the_tests_of_every_module_are_found_by_its_name():
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    names = {name_of(path) for path in MODULES} - set(FOLDERS)
+    own = {
+        name
+        for name in names
+        if f"test_{name.removeprefix('run.').removeprefix('measures.').replace('.', '_')}" in tests
+    }
+    assert own | TESTED_WITH.keys() == names and not own & TESTED_WITH.keys()
+    assert set(TESTED_WITH.values()) <= tests
