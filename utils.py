@@ -7,11 +7,14 @@ from typing import Any
 from classifier import Classifier
 from datasets import Dataset
 from flags import get_args
+from measures.clusters import Clusters, cluster
 from measures.decodable_information import DecodableInformation, decodable_information
 from measures.layers import chosen, features_of, hookable_layers
 from measures.measure import Measure
 from measures.neural_collapse import NeuralCollapse, neural_collapse
 from measures.rank import Rank, rank
+from measures.reduction import reduce
+from measures.similarity import alignment, cka
 from networks import Network
 from run.catalogue import MEASURES, found
 from run.console import Console
@@ -19,8 +22,9 @@ from run.epochs import epochs_to_measure
 from run.run_folder import RunFolder
 
 __all__ = [
-    "Classifier", "DecodableInformation", "Measure", "NeuralCollapse", "Rank", "decodable_information", "features_of",
-    "get_args", "hookable_layers", "layers_to_measure", "measures", "neural_collapse", "plans", "rank",
+    "Classifier", "Clusters", "DecodableInformation", "Measure", "NeuralCollapse", "Rank", "alignment", "cka",
+    "cluster", "decodable_information", "features_of", "get_args", "hookable_layers", "layers_to_measure", "measures",
+    "neural_collapse", "plans", "rank", "reduce",
 ]  # fmt: skip
 
 

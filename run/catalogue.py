@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from run.values import MAX_DIB, number, rate
+from run.values import MAX_DIB, MAX_RATE, number, rate
 
 SETS = ("train", "test")
 
@@ -80,6 +80,13 @@ def equiseparation(row: Mapping[str, str]) -> str:
 
 
 RANKS = ("numerical", "stable", "effective")
+
+
+def titled(title: str) -> dict[str, str]:
+    """The titles of a closing table for a column of the test set, and of the train set where that is measured."""
+    return {"test": title, "train": f"{title} train"}
+
+
 MEASURES = (
     About(
         name="nc1",
@@ -137,6 +144,42 @@ MEASURES = (
             "figures.decodable:head_losses",
             "figures.decodable:nc1_against_minimality",
         ),
+    ),
+    About(
+        name="clusters",
+        callback="measures.clusters:Clusters",
+        flag="clusters",
+        help="clusters of activations, and whether they are the classes",
+        flags=(
+            Flag("act_threshold", 0.0, "clusters: features whose mean size exceeds it in some class are kept",
+                 {"type": number(float, 0, MAX_RATE), "metavar": "X"}),
+            Flag("filter_class", None, "clusters: choose features by this class alone (else by all)",
+                 {"type": number(int, 0), "metavar": "C"}),
+            Flag("energy", 0.9, "clusters: directions are kept until they hold more than this share of the energy",
+                 {"type": number(float, 0, 1, open_low=True, open_high=True), "metavar": "E"}),
+            Flag("max_directions", 256, "clusters: and no more than these",
+                 {"type": number(int, 1), "metavar": "K"}),
+            Flag("min_cluster_size", 50, "samples of the smallest cluster", {"type": number(int, 2), "metavar": "N"}),
+            Flag("cluster_samples", 10_000, "samples of a set in which clusters are looked for",
+                 {"type": number(int, 4), "metavar": "N"}),
+            Flag("cluster_sets", ["test"], "sets whose clusters are looked for",
+                 {"nargs": "+", "choices": ("train", "test")}),
+        ),
+        columns={
+            "clusters/features": Column("features that fire", aside=True),
+            "clusters/directions": Column("directions kept"),
+            "clusters/energy": Column("energy of the directions kept", aside=True),
+            "clusters/num_clusters": Column("clusters", aside=True),
+            "clusters/coverage": Column("coverage", closing=titled("coverage")),
+            "clusters/purity": Column("purity of clustered samples", closing=titled("purity")),
+            "clusters/purity_all": Column("purity, noise as wrong", closing=titled("purity_all")),
+            "clusters/homogeneity": Column("homogeneity"),
+            "clusters/completeness": Column("completeness", aside=True),
+            "clusters/ami": Column("adjusted mutual information"),
+            "clusters/alignment": Column("alignment of the classes' subspaces"),
+            "cka": Column("CKA with the next layer"),
+        },
+        figures=(),
     ),
 )  # fmt: skip
 

@@ -151,7 +151,8 @@ OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
                   "num_nodes", "plots", "strategy", "threads")  # fmt: skip
-OF_SEVERAL = ("seed", "widths", "betas", "measure_at", "layers", "measure_sets", "dib_layers")
+OF_SEVERAL = ("seed", "widths", "betas", "measure_at", "layers", "measure_sets",
+              *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip
 
 
 def preset(model: str, dataset: str) -> dict:

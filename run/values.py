@@ -14,18 +14,21 @@ MAX_THREADS = 10**4
 MAX_DIB = 10**9  # head epochs or steps: beyond it no computer comes to an end
 
 
-def number(kind: type, low: float, high: float = MAX_COUNT, *, open_low: bool = False) -> Callable:
-    """A converter for a number in [low, high], or (low, high] with `open_low`."""
+def number(
+    kind: type, low: float, high: float = MAX_COUNT, *, open_low: bool = False, open_high: bool = False
+) -> Callable:
+    """A converter for a number in [low, high]; without the bound that is open."""
     word = "whole number" if kind is int else "number"
     lowest, highest = (f"{bound:g}" if isinstance(bound, float) else f"{bound}" for bound in (low, high))
-    allowed = f"a {word} {'above' if open_low else 'of at least'} {lowest} and at most {highest}"
+    least, most = "above" if open_low else "of at least", "below" if open_high else "at most"
+    allowed = f"a {word} {least} {lowest} and {most} {highest}"
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {allowed}") from None
-        if not (low < value if open_low else low <= value) or not value <= high:
+        if not low <= value <= high or (open_low and value == low) or (open_high and value == high):
             raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {allowed}")
         return value + 0  # makes 0 of -0.0
 

@@ -22,7 +22,7 @@ FLOORS = (
     "run",
 )
 FOLDERS = ("measures", "figures", "run")
-HEAVY = {"torch", "lightning", "torchvision", "numpy", "pandas", "matplotlib", "yaml"}
+HEAVY = {"torch", "lightning", "torchvision", "numpy", "pandas", "matplotlib", "yaml", "sklearn", "scipy"}
 MODULES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
 
 

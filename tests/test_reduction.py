@@ -71,7 +71,7 @@ def test_pca_says_how_much_each_direction_explains():
 @pytest.mark.parametrize(("decay", "energy"), [(1.0, 0.9), (0.5, 0.5), (0.3, 0.3)])
 def test_a_sketch_finds_as_many_directions_as_there_are_and_their_singular_values(monkeypatch, decay, energy):
     A = layer(700, 600, decay, noise=1e-2)
-    U, S, Vt, E = svd(A)
+    _, S, Vt, E = svd(A)
     k = int(np.argmax(energy < E)) + 1
     monkeypatch.setattr(module, "EXACT_LIMIT", 100)
     reduced = reduce(A, energy)

@@ -20,6 +20,10 @@ class ThreadRanks(Ranks):
         both = self.exchanged(thing)
         return list(both) if self.is_first else []
 
+    def from_first(self, thing):
+        mine, other = self.exchanged(thing)
+        return mine if self.is_first else other
+
     def exchanged(self, thing):
         """Both ranks' things, this one's first."""
         self.calls += 1
