@@ -20,6 +20,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from figures.clusters import (
+    alignment_of_classes,
+    cka_of_layers,
+    clusters_over_epochs,
+    directions_over_epochs,
+    singular_values,
+)
 from figures.collapse import nc1_over_depth, nc1_over_epochs
 from figures.decodable import head_losses, minimality_over_epochs, nc1_against_minimality, sufficiency_minimality
 from figures.heat_maps import heat_map
@@ -41,9 +48,10 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "figures", "head_losses", "heat_map", "load", "lr_range_test", "main", "measure_over_epochs",
-    "minimality_over_epochs", "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "rank_over_depth",
-    "rank_over_epochs", "sufficiency_minimality", "summary", "training_curves", "write",
+    "alignment_of_classes", "cka_of_layers", "clusters_over_epochs", "directions_over_epochs", "figures", "head_losses",
+    "heat_map", "load", "lr_range_test", "main", "measure_over_epochs", "minimality_over_epochs",
+    "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "rank_over_depth", "rank_over_epochs",
+    "singular_values", "sufficiency_minimality", "summary", "training_curves", "write",
 ]  # fmt: skip
 
 

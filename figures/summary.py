@@ -28,6 +28,9 @@ PANELS = {
     "Minimality": (over_epochs, "dib/minimality"),
     "NC1 over depth, train set": (nc1_over_depth, "nc1/train"),
     "NC1 over depth, test set": (nc1_over_depth, "nc1/test"),
+    "Clusters: coverage": (over_epochs, "clusters/coverage/test"),
+    "Clusters: purity": (over_epochs, "clusters/purity/test"),
+    "Clusters: purity, noise as wrong": (over_epochs, "clusters/purity_all/test"),
     "From first (○) to last epoch (●)": (ways, "dib/sufficiency/test"),
 }
 COLUMNS = 3

@@ -11,16 +11,17 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from run.errors import UserError
 from run.files import write_whole
+
+if TYPE_CHECKING:  # figures read arrays, and need no torch
+    from torch import Tensor
 
 SETTINGS = "settings"  # the name under which they lie among the arrays
 FOLDER = re.compile(r"epoch(\d{4,})")
@@ -34,6 +35,8 @@ class Arrays:
 
     def write(self, epoch: int, measure: str, arrays: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
         """Keep a measure's arrays of this epoch, and with them how they were made."""
+        import torch
+
         content = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
         about = {**settings, "epoch": epoch, "torch": str(torch.__version__), "numpy": np.__version__}
         buffer = io.BytesIO()
@@ -54,12 +57,13 @@ class Arrays:
                 shutil.rmtree(folder)
 
 
-def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays in such a file by name, and their settings."""
+def read(path: str | Path, names: Container[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays in such a file by name (those of these names: else all), and their settings."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-            return arrays, json.loads(str(arrays.pop(SETTINGS)))
+            settings = json.loads(str(file[SETTINGS]))
+            wanted = [name for name in file.files if name != SETTINGS and (names is None or name in names)]
+            return {name: file[name] for name in wanted}, settings
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # a broken archive answers with a dozen kinds of exceptions

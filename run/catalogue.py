@@ -179,7 +179,13 @@ MEASURES = (
             "clusters/alignment": Column("alignment of the classes' subspaces"),
             "cka": Column("CKA with the next layer"),
         },
-        figures=(),
+        figures=(
+            "figures.clusters:clusters_over_epochs",
+            "figures.clusters:directions_over_epochs",
+            "figures.clusters:singular_values",
+            "figures.clusters:alignment_of_classes",
+            "figures.clusters:cka_of_layers",
+        ),
     ),
 )  # fmt: skip
 
