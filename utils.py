@@ -7,8 +7,9 @@ from typing import Any
 from classifier import Classifier
 from datasets import Dataset
 from flags import get_args
-from measures.clusters import Clusters, cluster
+from measures.clusters import Clusters
 from measures.decodable_information import DecodableInformation, decodable_information
+from measures.grouping import cluster
 from measures.layers import chosen, features_of, hookable_layers
 from measures.measure import Measure
 from measures.neural_collapse import NeuralCollapse, neural_collapse

@@ -1,25 +1,26 @@
 """Clusters: do a layer's activations fall into groups, found without the labels, and are the groups the classes?
 
-Letters: N samples, d dimension of a layer's flattened activations, k directions, C classes, L layers.
+    python -m measures.clusters svd FILE LAYER         the same of activations that a run saved; or pca
+
+Letters: N samples, d dimension of a layer's flattened activations, L layers.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from measures.grouping import Recipe, of_layer
 from measures.measure import Measure
-from measures.reduction import MAX_DIRECTIONS, Matrix, reduce
+from measures.passes import Features
 from measures.samples import Chosen, activations_of, labels_in, stratified
-from measures.similarity import alignment, cka_matrix, mean_over_pairs
+from measures.saved import Saved, from_shell
+from measures.similarity import cka_matrix
 from run.errors import UserError, WrongFlag
 from run.ranks import Ranks
 from run.seeds import seed_from
@@ -29,130 +30,8 @@ if TYPE_CHECKING:
     from run.console import Console
     from run.run_folder import RunFolder
 
-NOISE = -1  # the label of samples in no cluster
 SAMPLES = 10_000
-MIN_CLUSTER_SIZE = 50
-
-
-class Grouping(NamedTuple):
-    """Clusters, and how they stand to the classes: what `cluster` returns."""
-
-    labels: Matrix  # (N,), the cluster of each sample, -1 for noise
-    num_clusters: int
-    coverage: float
-    purity: float
-    purity_all: float
-    homogeneity: float
-    completeness: float
-    ami: float
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """All but the labels, by their names."""
-        return {name: float(value) for name, value in self._asdict().items() if name != "labels"}
-
-
-def cluster(scores: Matrix, labels: Matrix, min_cluster_size: int = MIN_CLUSTER_SIZE) -> Grouping:
-    """The clusters in which samples with these scores (N, k) lie, held against their classes (N,).
-
-    HDBSCAN (Campello, Moulavi & Sander 2013) finds clusters of at least `min_cluster_size` samples where they are
-    dense; `min_samples` is the same, the sample itself counted. What belongs to none is noise. With n_kc the number of
-    samples of class c in cluster k:
-
-    - num_clusters, and coverage: the share of samples that lie in one
-    - purity: Σ_k max_c n_kc / Σ_kc n_kc, the share of the clustered samples that have their cluster's most frequent
-      class; nan without clusters. High where few points are clustered at all: read it beside coverage
-    - purity_all: Σ_k max_c n_kc / N, where noise counts as wrong
-    - homogeneity: 1 - H(C|K) / H(C), and completeness: 1 - H(K|C) / H(K), with noise as a cluster of its own
-    - ami: the mutual information of classes and clusters, adjusted so that chance gives 0; noise as above
-
-    >>> scores = torch.cat([torch.randn(60, 2), torch.randn(60, 2) + 100])
-    >>> grouping = cluster(scores, torch.arange(120) // 60)
-    >>> grouping.num_clusters, grouping.purity
-    (2, 1.0)
-    """
-    points = np.asarray(torch.as_tensor(scores).detach().cpu())
-    classes = np.asarray(torch.as_tensor(labels).cpu())
-    if points.ndim != 2 or classes.shape != points.shape[:1]:
-        raise UserError(f"There are scores of shape {points.shape} and labels of shape {classes.shape}.")
-    if not np.isfinite(points).all():
-        raise UserError("The scores are infinite or nan.")
-    if len(points) < min_cluster_size:
-        raise UserError(f"There are {len(points)} samples, fewer than the {min_cluster_size} of a cluster.")
-    found = hdbscan(points, min_cluster_size)
-    of_kind = torch.from_numpy(found).to(scores.device) if isinstance(scores, Tensor) else found
-    return Grouping(of_kind, **agreement(found, classes))
-
-
-def hdbscan(points: np.ndarray, min_cluster_size: int) -> np.ndarray:
-    """HDBSCAN's cluster of each point, int64 (N,), -1 for noise."""
-    from sklearn.cluster import HDBSCAN
-
-    method = HDBSCAN(min_cluster_size=min_cluster_size, min_samples=min_cluster_size, copy=True)
-    return method.fit_predict(points.astype(np.float64)).astype(np.int64)
-
-
-def agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, float]:
-    """What `cluster` says of clusters (N,), -1 for noise, and classes (N,)."""
-    from sklearn.metrics import adjusted_mutual_info_score, completeness_score, homogeneity_score
-
-    counts = contingency(clusters[clusters != NOISE], classes[clusters != NOISE])
-    clustered, of_majority = counts.sum(), counts.max(1).sum() if counts.size else 0
-    return {
-        "num_clusters": len(counts),
-        "coverage": float(clustered / len(classes)),
-        "purity": float(of_majority / clustered) if clustered else math.nan,
-        "purity_all": float(of_majority / len(classes)),
-        "homogeneity": float(homogeneity_score(classes, clusters)),
-        "completeness": float(completeness_score(classes, clusters)),
-        "ami": float(adjusted_mutual_info_score(classes, clusters)),
-    }
-
-
-def contingency(clusters: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """How many samples each cluster has of each class, those that occur."""
-    names, k = np.unique(clusters, return_inverse=True)
-    kinds, c = np.unique(classes, return_inverse=True)
-    return np.bincount(k * len(kinds) + c, minlength=len(names) * len(kinds)).reshape(len(names), len(kinds))
-
-
-class Recipe(NamedTuple):
-    """The numbers by which activations become clusters: the flags of the same names."""
-
-    act_threshold: float = 0.0
-    filter_class: int | None = None
-    energy: float = 0.9
-    max_directions: int = MAX_DIRECTIONS
-    min_cluster_size: int = MIN_CLUSTER_SIZE
-
-
-def of_layer(A: Tensor, y: Tensor, recipe: Recipe, num_classes: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """A layer's figures by name, and arrays, from its activations (N, d) and the labels (N,)."""
-    reduced = reduce(
-        A,
-        recipe.energy,
-        recipe.act_threshold,
-        y,
-        filter_class=recipe.filter_class,
-        max_directions=recipe.max_directions,
-    )
-    scores = reduced.scores.float().cpu()  # clustered as they are kept
-    grouping = cluster(scores, y, recipe.min_cluster_size)
-    aligned = alignment(A, y, num_classes=num_classes)
-    figures = {
-        "features": float(reduced.kept.sum()),
-        "directions": float(scores.shape[1]),
-        "energy": float(reduced.energies[-1]),
-        **grouping.figures,
-        "alignment": mean_over_pairs(aligned),
-    }
-    arrays = {
-        "scores": scores,
-        "singular_values": reduced.singular_values.cpu(),
-        "clusters": grouping.labels.to(torch.int32),
-        "alignment": aligned,
-    }
-    return figures, arrays
+PREDICTIONS = "the network's predictions"  # no layer has such a name
 
 
 class Clusters(Measure):
@@ -169,16 +48,19 @@ class Clusters(Measure):
 
     name = "clusters"
 
-    def __init__(self, *, samples: int = SAMPLES, recipe: Recipe | None = None, **common: Any) -> None:
+    def __init__(
+        self, *, samples: int = SAMPLES, recipe: Recipe | None = None, saved: Saved | None = None, **common: Any
+    ) -> None:
         super().__init__(**{"sets": ("test",)} | common)
-        self.samples, self.recipe = samples, recipe or Recipe()
+        self.samples, self.recipe, self.saved = samples, recipe or Recipe(), saved
         self._has_told = False  # where the directions do not hold the energy
 
     @classmethod
     def from_flags(cls, args: Namespace, common: Mapping[str, Any], folder: RunFolder, console: Console) -> Clusters:
         """The measure with the recipe of the run's flags."""
         recipe = Recipe(**{name: getattr(args, name) for name in Recipe._fields})
-        return cls(samples=args.cluster_samples, recipe=recipe, **{**common, "sets": args.cluster_sets})
+        saved = Saved(folder.path / "arrays", args.activations_format, recipe) if args.save_activations else None
+        return cls(samples=args.cluster_samples, recipe=recipe, saved=saved, **{**common, "sets": args.cluster_sets})
 
     @staticmethod
     def plan(args: Namespace, dataset: Dataset) -> dict[str, Any]:
@@ -201,17 +83,24 @@ class Clusters(Measure):
         values, self.arrays = {}, {}
         self.settings = {**self.recipe._asdict(), "samples": self.samples, "layers": []}
         for split in self.sets:
-            values |= self._measure_set(trainer, pl_module, split)
+            values |= self._measure_set(trainer, pl_module, split, epoch)
         return values
 
-    def _measure_set(self, trainer: Trainer, pl_module: LightningModule, split: str) -> dict[str, float]:
+    def _measure_set(self, trainer: Trainer, pl_module: LightningModule, split: str, epoch: int) -> dict[str, float]:
         ranks, hparams = Ranks.of(trainer), pl_module.hparams
         batches = self.batches(trainer, split)
         labels = labels_in(batches)
         index = stratified(labels, self.samples, seed_from("cluster samples", hparams.get("seed"), split))
         chosen = self.shown(Chosen(batches, index, ranks), split)
-        activations = activations_of(self.features(trainer, pl_module), chosen, len(index), ranks)
+        features = self.features(trainer, pl_module)
+        if self.saved:
+            features = with_predictions(features, pl_module)
+        activations = activations_of(features, chosen, len(index), ranks)
+        predictions = activations.pop(PREDICTIONS, None)
         layers, y = list(activations), labels[index.to(labels.device)].cpu()
+        if self.saved and ranks.is_first:
+            for layer, A in activations.items():
+                self.saved.write(A, y, predictions, index, layer, epoch, split)
         alike = cka_matrix(list(activations.values()))
         found = shared_among(ranks, activations, y, self.recipe, hparams.num_classes)
         self._tell_low_energy(found)
@@ -240,6 +129,16 @@ class Clusters(Measure):
             )
 
 
+def with_predictions(features: Features, pl_module: LightningModule) -> Features:
+    """The same activations, and beside them the network's class of each sample, (B, 1)."""
+
+    def extract(x: Tensor) -> dict[str, Tensor]:
+        found = features(x)
+        return found | {PREDICTIONS: pl_module.network(x.to(next(pl_module.parameters()).dtype)).argmax(1)[:, None]}
+
+    return extract
+
+
 def shared_among(
     ranks: Ranks, activations: dict[str, Tensor], y: Tensor, recipe: Recipe, num_classes: int
 ) -> dict[str, tuple[dict[str, float], dict[str, Tensor]]]:
@@ -262,3 +161,7 @@ def shared_among(
             raise error
     merged = {layer: found for part, _ in results for layer, found in part.items()}
     return {layer: merged[layer] for layer in layers}
+
+
+if __name__ == "__main__":
+    from_shell()

@@ -164,6 +164,8 @@ MEASURES = (
                  {"type": number(int, 4), "metavar": "N"}),
             Flag("cluster_sets", ["test"], "sets whose clusters are looked for",
                  {"nargs": "+", "choices": ("train", "test")}),
+            Flag("save_activations", False, "clusters: keep the samples' activations, a file for each layer and epoch"),
+            Flag("activations_format", "npz", "format of these files", {"choices": ("npz", "mat")}),
         ),
         columns={
             "clusters/features": Column("features that fire", aside=True),

@@ -18,9 +18,9 @@ from two_ranks import on_two_ranks
 
 import datasets
 from classifier import Classifier
-from measures import clusters as module
-from measures import samples
-from measures.clusters import Recipe, agreement, cluster, of_layer, shared_among
+from measures import clusters, grouping, samples
+from measures.clusters import shared_among
+from measures.grouping import Recipe, agreement, cluster, of_layer
 from measures.reduction import reduce
 from measures.samples import Chosen, activations_of, stratified
 from run.arrays import read
@@ -35,7 +35,7 @@ def blobs(num_samples=1000, d=12, num_classes=10, spread=1.0, seed=0):
     return means[y] + spread * torch.randn(num_samples, d, generator=generator), y
 
 
-@pytest.mark.parametrize("of", [module, samples])
+@pytest.mark.parametrize("of", [grouping, samples])
 def test_docstrings(of):
     assert doctest.testmod(of).failed == 0
 
@@ -207,7 +207,7 @@ def test_arrays_hold_what_the_figures_are_made_of():
 
 
 def test_directions_that_do_not_hold_the_energy_are_said_once():
-    measure = module.Clusters(recipe=Recipe(max_directions=2))
+    measure = clusters.Clusters(recipe=Recipe(max_directions=2))
     found = {"conv1": ({"energy": 0.5}, {}), "avgpool": ({"energy": 0.95}, {})}
     with pytest.warns(UserWarning, match=r"2 directions \(--max-directions\) hold less .* of conv1 \(0.50\)") as told:
         measure._tell_low_energy(found)
@@ -219,10 +219,10 @@ def test_plan_refuses_what_the_data_lack():
     split = SimpleNamespace(labels=torch.zeros(30))
     data = SimpleNamespace(num_classes=3, test=split, train=split)
     flags = {"filter_class": None, "cluster_sets": ["test"], "cluster_samples": 100, "min_cluster_size": 30}
-    assert module.Clusters.plan(SimpleNamespace(**flags), data) == {}
+    assert clusters.Clusters.plan(SimpleNamespace(**flags), data) == {}
     for wrong, told in (({"filter_class": 3}, "--filter-class: 3"), ({"min_cluster_size": 31}, "--min-cluster-size")):
         with pytest.raises(UserError, match=told):
-            module.Clusters.plan(SimpleNamespace(**{**flags, **wrong}), data)
+            clusters.Clusters.plan(SimpleNamespace(**{**flags, **wrong}), data)
 
 
 # In a run
