@@ -26,6 +26,7 @@ from figures.clusters import (
     clusters_over_epochs,
     directions_over_epochs,
     singular_values,
+    tsne_maps,
 )
 from figures.collapse import nc1_over_depth, nc1_over_epochs
 from figures.decodable import head_losses, minimality_over_epochs, nc1_against_minimality, sufficiency_minimality
@@ -51,7 +52,7 @@ __all__ = [
     "alignment_of_classes", "cka_of_layers", "clusters_over_epochs", "directions_over_epochs", "figures", "head_losses",
     "heat_map", "load", "lr_range_test", "main", "measure_over_epochs", "minimality_over_epochs",
     "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "rank_over_depth", "rank_over_epochs",
-    "singular_values", "sufficiency_minimality", "summary", "training_curves", "write",
+    "singular_values", "sufficiency_minimality", "summary", "training_curves", "tsne_maps", "write",
 ]  # fmt: skip
 
 

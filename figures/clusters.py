@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from figures.axes import MAX_NAMES, chosen_epochs, log_axis, thin
 from figures.labels import not_measured
 from figures.layerwise import over_epochs
-from figures.pages import grid, layer_legend, legend_below, new_page, styled
+from figures.pages import grid, layer_legend, legend_below, legend_beside, new_page, styled
 from figures.runs import SPLITS, Run
 from figures.settings import Comparison, Setting, compare
 from figures.style import NothingToDraw, layer_colors, plain
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 AGREEMENT = ("coverage", "purity", "purity_all", "homogeneity", "ami")
 KEPT = ("clusters/directions", "clusters/alignment", "cka")
-MAX_MATRICES = 6  # layers whose alignment a page shows
+MAX_MATRICES = 6  # layers whose alignment, or maps, a page shows
+MAX_MAPS = 3  # epochs
 
 
 @styled
@@ -103,6 +104,81 @@ def cka_of_layers(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None
             ax.set_axis_off()
     figure.colorbar(mesh, ax=axes, label="linear CKA, debiased", fraction=0.05, aspect=25)
     return figure
+
+
+@styled
+def tsne_maps(
+    runs: Run | Sequence[Run],
+    epochs: Sequence[int] | None = None,
+    split: str | None = None,
+    color: Literal["class", "cluster"] = "class",
+) -> Figure:
+    """Samples on maps by t-SNE, colored by their class or their cluster. A row per layer, a column per epoch.
+
+    By default of at most six layers, at three epochs. Crosses are samples whose class the network gets wrong; what is
+    in no cluster is grey. A picture only: t-SNE keeps neighbours, neither distances nor sizes. Of one run: the first
+    that has maps.
+    """
+    split = split or _split(runs, "clusters/directions")
+    comparison = compare(runs)
+    run, setting = _first_with_maps(comparison, split)
+    kept = [epoch for epoch in run.metrics.index if _file(run, epoch).is_file()]
+    shown = chosen_epochs(kept, epochs, MAX_MAPS, np.linspace)
+    layers = thin(setting.layers, MAX_MATRICES)
+    heading = f"t-SNE by {color}, {split} set · {setting.label} · {run.folder.resolve().name}"
+    figure, axes = new_page(len(layers), len(shown), heading, width=2.4, height=2.2)
+    for column, epoch in zip(axes.T, shown, strict=True):
+        common = [f"{name}/{split}" for name in ("mapped", "labels", "predictions")]
+        wanted = common + [f"{name}/{split}/{layer}" for name in ("map", "clusters") for layer in layers]
+        found, _ = _read(_file(run, epoch), wanted)
+        mapped, labels, predictions = (found[name] for name in common)
+        for ax, layer in zip(column, layers, strict=True):
+            kinds = labels if color == "class" else found[f"clusters/{split}/{layer}"]
+            is_wrong = (labels != predictions)[mapped]
+            _map(ax, found[f"map/{split}/{layer}"], kinds[mapped], is_wrong)
+            ax.set_title(f"{plain(layer)}, epoch {epoch}", loc="left")
+    _kind_legend(figure, color, int(labels.max()) + 1)
+    return figure
+
+
+tsne_maps.variants = {f"tsne_by_{color}": {"color": color} for color in ("class", "cluster")}
+
+
+def _first_with_maps(comparison: Comparison, split: str) -> tuple[Run, Setting]:
+    for setting in comparison.settings:
+        for run in setting.runs:
+            files = [_file(run, epoch) for epoch in run.metrics.index if _file(run, epoch).is_file()]
+            if files and _read(files[-1], (f"mapped/{split}",))[0]:
+                return run, setting
+    raise NothingToDraw("There are no maps. main.py makes them with --clusters --tsne.")
+
+
+def _map(ax: Axes, places: np.ndarray, kinds: np.ndarray, is_wrong: np.ndarray) -> None:
+    colors = np.array([_kind_color(kind) for kind in kinds])
+    ax.scatter(*places[~is_wrong].T, s=3, c=colors[~is_wrong], linewidths=0)
+    ax.scatter(*places[is_wrong].T, s=12, c=colors[is_wrong], marker="x", linewidths=0.8)
+    ax.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+    ax.grid(False)
+
+
+def _kind_color(kind: int) -> tuple:
+    """A color per class or cluster, twenty of them in turn; grey for what is in no cluster."""
+    import matplotlib
+
+    order = (kind % 20) * 2 % 20 + kind % 20 // 10  # the ten strong ones first
+    return (0.75, 0.75, 0.75, 1.0) if kind < 0 else matplotlib.colormaps["tab20"](order)
+
+
+def _kind_legend(figure: Figure, color: str, num_classes: int) -> None:
+    from matplotlib.lines import Line2D
+
+    style = {"linestyle": "", "marker": "o", "markersize": 4}
+    kinds = range(min(num_classes, MAX_NAMES)) if color == "class" else ()
+    handles = [Line2D([], [], color=_kind_color(kind), label=f"class {kind}", **style) for kind in kinds]
+    if color == "cluster":
+        handles.append(Line2D([], [], color=_kind_color(-1), label="in no cluster", **style))
+    handles.append(Line2D([], [], color="0.3", label="wrong", **style | {"marker": "x"}))
+    legend_beside(figure, handles)
 
 
 def _share_over_epochs(ax: Axes, setting: Setting, measure: str) -> None:

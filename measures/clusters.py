@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from measures.embedding import MOST, tsne
 from measures.grouping import Recipe, of_layer
 from measures.measure import Measure
 from measures.passes import Features
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from run.console import Console
     from run.run_folder import RunFolder
 
+Found = TypeVar("Found")
+
 SAMPLES = 10_000
 PREDICTIONS = "the network's predictions"  # no layer has such a name
 
@@ -43,16 +46,23 @@ class Clusters(Measure):
     most `samples` of a set, stratified by class from the run's seed.
 
     Kept as arrays: by layer its scores, singular values, clusters, and alignment of classes; by set the CKA of all
-    layers, and the samples' indices and labels.
+    layers, and the samples' indices, labels and predictions. With `maps` also a t-SNE of each layer for 2000 of them,
+    `mapped`.
     """
 
     name = "clusters"
 
     def __init__(
-        self, *, samples: int = SAMPLES, recipe: Recipe | None = None, saved: Saved | None = None, **common: Any
+        self,
+        *,
+        samples: int = SAMPLES,
+        recipe: Recipe | None = None,
+        maps: bool = False,
+        saved: Saved | None = None,
+        **common: Any,
     ) -> None:
         super().__init__(**{"sets": ("test",)} | common)
-        self.samples, self.recipe, self.saved = samples, recipe or Recipe(), saved
+        self.samples, self.recipe, self.maps, self.saved = samples, recipe or Recipe(), maps, saved
         self._has_told = False  # where the directions do not hold the energy
 
     @classmethod
@@ -60,7 +70,13 @@ class Clusters(Measure):
         """The measure with the recipe of the run's flags."""
         recipe = Recipe(**{name: getattr(args, name) for name in Recipe._fields})
         saved = Saved(folder.path / "arrays", args.activations_format, recipe) if args.save_activations else None
-        return cls(samples=args.cluster_samples, recipe=recipe, saved=saved, **{**common, "sets": args.cluster_sets})
+        return cls(
+            samples=args.cluster_samples,
+            recipe=recipe,
+            maps=args.tsne,
+            saved=saved,
+            **common | {"sets": args.cluster_sets},
+        )
 
     @staticmethod
     def plan(args: Namespace, dataset: Dataset) -> dict[str, Any]:
@@ -80,29 +96,37 @@ class Clusters(Measure):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The figures of the sets' samples in this epoch."""
-        values, self.arrays = {}, {}
+        values, before, self.arrays = {}, self._maps_before(epoch), {}
         self.settings = {**self.recipe._asdict(), "samples": self.samples, "layers": []}
         for split in self.sets:
-            values |= self._measure_set(trainer, pl_module, split, epoch)
+            values |= self._measure_set(trainer, pl_module, split, epoch, before)
         return values
 
-    def _measure_set(self, trainer: Trainer, pl_module: LightningModule, split: str, epoch: int) -> dict[str, float]:
+    def _measure_set(
+        self, trainer: Trainer, pl_module: LightningModule, split: str, epoch: int, before: Mapping[str, Tensor]
+    ) -> dict[str, float]:
         ranks, hparams = Ranks.of(trainer), pl_module.hparams
         batches = self.batches(trainer, split)
         labels = labels_in(batches)
         index = stratified(labels, self.samples, seed_from("cluster samples", hparams.get("seed"), split))
         chosen = self.shown(Chosen(batches, index, ranks), split)
-        features = self.features(trainer, pl_module)
-        if self.saved:
-            features = with_predictions(features, pl_module)
+        features = with_predictions(self.features(trainer, pl_module), pl_module)
         activations = activations_of(features, chosen, len(index), ranks)
-        predictions = activations.pop(PREDICTIONS, None)
+        predictions = activations.pop(PREDICTIONS).flatten().cpu()
         layers, y = list(activations), labels[index.to(labels.device)].cpu()
         if self.saved and ranks.is_first:
             for layer, A in activations.items():
                 self.saved.write(A, y, predictions, index, layer, epoch, split)
         alike = cka_matrix(list(activations.values()))
-        found = shared_among(ranks, activations, y, self.recipe, hparams.num_classes)
+        shown = stratified(y, MOST, seed_from("map", hparams.get("seed"), split))
+
+        def look(layer: str, A: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+            figures, arrays = of_layer(A, y, self.recipe, hparams.num_classes)
+            if self.maps:
+                arrays["map"] = tsne(arrays["scores"][shown], before.get(f"map/{split}/{layer}"))
+            return figures, arrays
+
+        found = shared_among(ranks, activations, look)
         self._tell_low_energy(found)
         values = {
             f"clusters/{name}/{split}/{layer}": value
@@ -112,9 +136,20 @@ class Clusters(Measure):
         values |= {f"cka/{split}/{layer}": float(alike[i, i + 1]) for i, layer in enumerate(layers[:-1])}
         for layer, (_, arrays) in found.items():
             self.arrays |= {f"{name}/{split}/{layer}": array for name, array in arrays.items()}
-        self.arrays |= {f"cka/{split}": alike, f"index/{split}": index, f"labels/{split}": y}
+        self.arrays |= {f"cka/{split}": alike, f"index/{split}": index}
+        self.arrays |= {f"labels/{split}": y, f"predictions/{split}": predictions}
+        self.arrays |= {f"mapped/{split}": shown} if self.maps else {}
         self.settings["layers"] = layers
         return values
+
+    def _maps_before(self, epoch: int) -> dict[str, Tensor]:
+        """The maps of the last measured epoch, from which this one's start; a resumed run finds them in its folder."""
+        if not self.maps:
+            return {}
+        if not self.arrays and self.store:
+            earlier = [number for number in self.store.epochs(self.name) if number < epoch]
+            return self.store.read(max(earlier), self.name, "map/") if earlier else {}
+        return {name: array for name, array in self.arrays.items() if name.startswith("map/")}
 
     def _tell_low_energy(self, found: Mapping[str, tuple[dict[str, float], dict]]) -> None:
         low = {layer: figures["energy"] for layer, (figures, _) in found.items()}
@@ -140,9 +175,9 @@ def with_predictions(features: Features, pl_module: LightningModule) -> Features
 
 
 def shared_among(
-    ranks: Ranks, activations: dict[str, Tensor], y: Tensor, recipe: Recipe, num_classes: int
-) -> dict[str, tuple[dict[str, float], dict[str, Tensor]]]:
-    """Every layer's figures and arrays, on all ranks, each of which makes some; frees the activations meanwhile.
+    ranks: Ranks, activations: dict[str, Tensor], look: Callable[[str, Tensor], Found]
+) -> dict[str, Found]:
+    """What `look` finds at each layer, on all ranks, each of which looks at some; frees the activations meanwhile.
 
     A mistake that one of them meets ends all of them.
     """
@@ -152,7 +187,7 @@ def shared_among(
         if i % ranks.num != ranks.index or error:
             continue
         try:
-            mine[layer] = of_layer(A, y, recipe, num_classes)
+            mine[layer] = look(layer, A)
         except UserError as mistake:
             error = type(mistake)(f"layer {layer}: {mistake}")
     results = ranks.from_first(ranks.gathered((mine, error)))

@@ -238,23 +238,26 @@ def sketch(centred: Tensor, energy: float, total: Tensor, limit: int, seed: int)
     """
     generator = torch.Generator().manual_seed(seed_from("sketch", seed))  # on the CPU: all devices draw the same
     omega = torch.randn(centred.shape[1], BLOCK, generator=generator, dtype=torch.float64)
-    Q = centred.new_zeros(len(centred), 0, dtype=torch.float64)
-    B = centred.new_zeros(0, centred.shape[1], dtype=torch.float64)  # Qᵀ A
     most = min(2 * limit + POWERS * BLOCK, *centred.shape)
-    Z, before = omega.to(centred), None
+    Q = centred.new_empty(len(centred), most, dtype=torch.float64)
+    B = centred.new_empty(most, centred.shape[1], dtype=torch.float64)  # Qᵀ A
+    gram = Q.new_empty(most, most)  # B Bᵀ
+    Z, num, before = omega.to(centred), 0, None
     while True:
-        block = beside(centred @ Z, Q)[:, : most - Q.shape[1]]
-        Q = torch.cat([Q, block], 1)
-        Z = centred.T @ block.to(centred)
-        B = torch.cat([B, Z.T.double()])
-        squares, W = leading(B, limit)
+        new = slice(num, min(num + BLOCK, most))
+        Q[:, new] = beside(centred @ Z[:, : new.stop - num], Q[:, :num])
+        Z = centred.T @ Q[:, new].to(centred)
+        B[new], num = Z.T, new.stop
+        gram[:num, new] = B[:num] @ B[new].T
+        gram[new, :num] = gram[:num, new].T
+        squares, W = leading(gram[:num, :num], limit)
         k = first_above(squares.cumsum(0) / total, energy)
-        if Q.shape[1] == most or settled(squares[:k], before):
+        if num == most or settled(squares[:k], before):
             break
         before, Z = squares, torch.linalg.qr(Z).Q
-    U = Q @ W[:, :k]
+    U = Q[:, :num] @ W[:, :k]
     B = product(U, centred)
-    squares, W = leading(B, k)
+    squares, W = leading(B @ B.T, k)
     return U @ W, squares, (W.T @ B / squares.sqrt()[:, None]).T
 
 
@@ -273,11 +276,11 @@ def beside(Y: Tensor, Q: Tensor) -> Tensor:
     return Y
 
 
-def leading(B: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k singular values of B (l, d) squared, above rounding, and their left singular vectors (l, k)."""
-    squares, W = torch.linalg.eigh(B @ B.T)
+def leading(gram: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k eigenvalues of B Bᵀ (l, l), above rounding, and their vectors (l, k): S² and U of B."""
+    squares, W = torch.linalg.eigh(gram)
     squares, W = squares.flip(0), W.flip(1)
-    k = min(k, int((squares > len(B) * FLOAT64_EPS * squares[0]).sum()))
+    k = min(k, int((squares > len(gram) * FLOAT64_EPS * squares[0]).sum()))
     return squares[:k], W[:, :k]
 
 

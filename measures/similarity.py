@@ -64,8 +64,9 @@ def debiased_kernel(x: Tensor) -> Tensor:
     sum t. The activations' mean, which changes nothing, goes before they are multiplied.
     """
     n = len(x)
-    x = x.double() - x.mean(0, dtype=torch.float64)
-    x = x if x.is_cuda else x.float()  # on GPUs products of float32 may be TF32
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x - x.mean(0, dtype=torch.float64).to(x)
+    x = x.double() if x.is_cuda else x  # there products of float32 may be TF32
     K = (x @ x.T).double()
     K.fill_diagonal_(0)
     r = K.sum(1)

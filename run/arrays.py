@@ -49,6 +49,18 @@ class Arrays:
             raise UserError(f"cannot write {folder}: {error.strerror}") from error
         write_whole(folder / f"{measure}.npz", buffer.getvalue())
 
+    def epochs(self, measure: str) -> list[int]:
+        """The epochs of which there are arrays of this measure."""
+        return [int(path.parent.name.removeprefix("epoch")) for path in sorted(self.path.glob(f"epoch*/{measure}.npz"))]
+
+    def read(self, epoch: int, measure: str, prefix: str = "") -> dict[str, Tensor]:
+        """A measure's arrays of an epoch whose names begin so."""
+        import torch
+
+        path = self.path / f"epoch{epoch:04d}" / f"{measure}.npz"
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files if name.startswith(prefix)}
+
     def drop_after(self, epoch: int | None) -> None:
         """Remove what is newer than the checkpoint from which a run goes on; without one, everything."""
         for folder in self.path.glob("epoch*"):

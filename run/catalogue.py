@@ -164,6 +164,7 @@ MEASURES = (
                  {"type": number(int, 4), "metavar": "N"}),
             Flag("cluster_sets", ["test"], "sets whose clusters are looked for",
                  {"nargs": "+", "choices": ("train", "test")}),
+            Flag("tsne", False, "clusters: draw a map of each layer by t-SNE, which takes the longest"),
             Flag("save_activations", False, "clusters: keep the samples' activations, a file for each layer and epoch"),
             Flag("activations_format", "npz", "format of these files", {"choices": ("npz", "mat")}),
         ),
@@ -187,6 +188,7 @@ MEASURES = (
             "figures.clusters:singular_values",
             "figures.clusters:alignment_of_classes",
             "figures.clusters:cka_of_layers",
+            "figures.clusters:tsne_maps",
         ),
     ),
 )  # fmt: skip

@@ -20,6 +20,7 @@ import datasets
 from classifier import Classifier
 from measures import clusters, grouping, samples
 from measures.clusters import shared_among
+from measures.embedding import tsne
 from measures.grouping import Recipe, agreement, cluster, of_layer
 from measures.reduction import reduce
 from measures.samples import Chosen, activations_of, stratified
@@ -170,7 +171,7 @@ def test_several_ranks_find_together_what_one_finds(monkeypatch):
 
     def found(ranks):
         activations = activations_of(layers, Chosen(InMemory(x, y), index, ranks), 600, ranks)
-        return shared_among(ranks, activations, y, Recipe(), 3)
+        return shared_among(ranks, activations, lambda layer, A: of_layer(A, y, Recipe(), 3))
 
     both, _ = on_two_ranks(found)
     alone = {name: of_layer(h, y, Recipe(), 3) for name, h in layers(x).items()}
@@ -184,7 +185,8 @@ def test_several_ranks_find_together_what_one_finds(monkeypatch):
 def test_a_mistake_that_one_rank_meets_ends_both_in_a_sentence_that_names_the_layer():
     def found(ranks):
         with pytest.raises(UserError, match=r"layer b: .* same activations"):
-            shared_among(ranks, {"a": torch.randn(60, 3), "b": torch.ones(60, 3)}, torch.arange(60) % 2, Recipe(), 2)
+            layers, y = {"a": torch.randn(60, 3), "b": torch.ones(60, 3)}, torch.arange(60) % 2
+            shared_among(ranks, layers, lambda layer, A: of_layer(A, y, Recipe(), 2))
         return True
 
     assert on_two_ranks(found)[0] == [True, True]
@@ -225,6 +227,26 @@ def test_plan_refuses_what_the_data_lack():
             clusters.Clusters.plan(SimpleNamespace(**{**flags, **wrong}), data)
 
 
+# Maps
+
+
+def test_a_map_is_the_same_bits_again_and_starts_from_the_one_before():
+    h, y = blobs(120, num_classes=3)
+    first = tsne(h)
+    assert first.shape == (120, 2) and torch.equal(tsne(h), first)
+    centres = torch.stack([first[y == c].mean(0) for c in range(3)])
+    assert torch.cdist(centres, centres)[0, 1:].min() > 4 * torch.stack([first[y == c].std(0) for c in range(3)]).max()
+    mirrored = first * torch.tensor([-1.0, 1.0])
+    later = tsne(h, mirrored)
+    # It moves freely from there, but what was on the left stays on the left.
+    assert np.corrcoef(later[:, 0], mirrored[:, 0])[0, 1] > 0.5
+
+
+def test_samples_in_one_direction_or_in_one_place_have_a_map():
+    assert tsne(torch.randn(30, 1)).isfinite().all()
+    assert tsne(torch.zeros(30, 4)).isfinite().all()
+
+
 # In a run
 
 RUN = Path("lightning_logs")
@@ -262,10 +284,10 @@ def test_a_run_logs_and_keeps_what_its_recipe_gives_and_measures_its_checkpoint_
 
 
 def test_a_killed_run_ends_with_the_clusters_of_an_uninterrupted_one(in_an_empty_folder):
-    here = Path.cwd()
-    assert finish([*LINE, "--name", "whole"], here)[0] == 0
+    here, line = Path.cwd(), [*LINE, "--tsne", "--layers", "hidden1"]  # maps start from those of the epoch before
+    assert finish([*line, "--name", "whole"], here)[0] == 0
     meddle = partial(signal_at, "run.files:os.replace", 8, signal.SIGKILL)
-    status, _ = Run([*LINE, "--name", "cut"], here, meddle=meddle).end()
+    status, _ = Run([*line, "--name", "cut"], here, meddle=meddle).end()
     assert status == -signal.SIGKILL
     assert finish(["--resume", "lightning_logs/cut"], here)[0] == 0
     assert_same_run(here / RUN / "cut", here / RUN / "whole")

@@ -31,8 +31,13 @@ def with_clusters(folder, seed=0, split="test", **options):
     write_csv(folder / "metrics.csv", rows)
     for epoch in (0, 5):
         kept = {f"cka/{split}": torch.from_numpy(noise.random((3, 3)))}
+        kept[f"mapped/{split}"] = torch.arange(0, 60, 3)
+        kept[f"labels/{split}"] = torch.from_numpy(noise.integers(0, 10, 60))
+        kept[f"predictions/{split}"] = torch.where(torch.arange(60) % 4 > 0, kept[f"labels/{split}"], 10)
         for i, layer in enumerate(LAYERS):
             kept[f"singular_values/{split}/{layer}"] = torch.arange(1, 9 + i + seed).double() ** -(1 + epoch)
+            kept[f"map/{split}/{layer}"] = torch.from_numpy(noise.random((20, 2)))
+            kept[f"clusters/{split}/{layer}"] = torch.from_numpy(noise.integers(-1, 4, 60))
             kept[f"alignment/{split}/{layer}"] = torch.from_numpy(noise.random((10, 10)))
         Arrays(folder).write(epoch, "clusters", kept, {"layers": LAYERS})
     return folder
@@ -76,6 +81,29 @@ def test_matrices_are_means_over_the_runs_of_a_setting(tmp_path):
     assert len(matrices(plots.cka_of_layers(runs, epochs=[5]))) == 1
 
 
+@pytest.mark.parametrize("color", ["class", "cluster"])
+def test_maps_show_each_sample_once_and_the_wrong_ones_as_crosses(tmp_path, color):
+    folder = with_clusters(tmp_path / "version_0")
+    figure = plots.tsne_maps(load(folder), color=color)
+    assert [ax.get_title(loc="left") for ax in figure.axes[:2]] == ["layer1.0, epoch 0", "layer1.0, epoch 5"]
+    kept = np.load(folder / "arrays/epoch0005/clusters.npz")
+    shown = kept["mapped/test"]
+    is_wrong = kept["labels/test"][shown] != kept["predictions/test"][shown]
+    right, wrong = figure.axes[-1].collections
+    np.testing.assert_allclose(right.get_offsets(), kept["map/test/avgpool"][~is_wrong])
+    np.testing.assert_allclose(wrong.get_offsets(), kept["map/test/avgpool"][is_wrong])
+    kinds = kept["labels/test" if color == "class" else "clusters/test/avgpool"][shown][~is_wrong]
+    drawn = [tuple(value) for value in right.get_facecolors()]
+    assert len(set(drawn)) == len(set(kinds)) == len(set(zip(drawn, kinds, strict=True)))
+
+
+def test_without_maps_a_figure_says_how_to_get_them(tmp_path):
+    folder = with_clusters(tmp_path / "version_0")
+    Arrays(folder).write(0, "clusters", {"x": torch.zeros(1)}, {})
+    Arrays(folder).write(5, "clusters", {"x": torch.zeros(1)}, {})
+    assert "--clusters --tsne" in sentence(plots.tsne_maps(load(folder)))
+
+
 def test_settings_have_a_row_each_and_what_lacks_arrays_is_said(tmp_path):
     folders = [with_clusters(tmp_path / f"version_{i}", learning_rate=rate) for i, rate in enumerate((0.1, 0.2))]
     assert len(matrices(plots.cka_of_layers(plots.load(folders)))) == 4
@@ -88,6 +116,6 @@ def test_settings_have_a_row_each_and_what_lacks_arrays_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clusters_over_epochs", "directions_over_epochs", "singular_values",
-                                  "alignment_of_classes", "cka_of_layers"])  # fmt: skip
+                                  "alignment_of_classes", "cka_of_layers", "tsne_maps"])  # fmt: skip
 def test_without_clusters_a_figure_says_how_to_get_them(run_folder, name):
     assert "--clusters" in sentence(getattr(plots, name)(load(run_folder)))
