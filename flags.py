@@ -216,6 +216,10 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
         error(f"argument --stem: is for -m ResNet and -m ConvNeXt; {model} has none")
     if "learning_rate" in given and "lr_range_test" in given:
         error("argument --lr-range-test: not allowed with -lr/--learning-rate: the test chooses the rate")
+    for about in MEASURES:
+        switches = [flag.name for flag in about.flags if isinstance(flag.default, bool) and given.get(flag.name)]
+        if switches and not flags[about.flag]:
+            error(f"argument --{switches[0].replace('_', '-')}: belongs to --{about.flag}, which is not asked for")
     if "measure_every" in given and "measure_at" in given:
         error("argument --measure-at: not allowed with --measure-every")
     crowd = too_many_processes(flags["devices"]) if flags["accelerator"] == "cpu" else None

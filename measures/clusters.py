@@ -46,8 +46,8 @@ class Clusters(Measure):
     most `samples` of a set, stratified by class from the run's seed.
 
     Kept as arrays: by layer its scores, singular values, clusters, and alignment of classes; by set the CKA of all
-    layers, and the samples' indices, labels and predictions. With `maps` also a t-SNE of each layer for 2000 of them,
-    `mapped`.
+    layers, and the samples' indices and labels. With `maps` also a t-SNE of each layer for 2000 of them, `mapped`, and
+    the network's predictions.
     """
 
     name = "clusters"
@@ -110,9 +110,11 @@ class Clusters(Measure):
         labels = labels_in(batches)
         index = stratified(labels, self.samples, seed_from("cluster samples", hparams.get("seed"), split))
         chosen = self.shown(Chosen(batches, index, ranks), split)
-        features = with_predictions(self.features(trainer, pl_module), pl_module)
+        features = self.features(trainer, pl_module)
+        if self.maps or self.saved:  # else the second call of the network, about as long as the first, is not needed
+            features = with_predictions(features, pl_module)
         activations = activations_of(features, chosen, len(index), ranks)
-        predictions = activations.pop(PREDICTIONS).flatten().cpu()
+        predictions = activations.pop(PREDICTIONS, None)
         layers, y = list(activations), labels[index.to(labels.device)].cpu()
         if self.saved and ranks.is_first:
             for layer, A in activations.items():
@@ -136,9 +138,9 @@ class Clusters(Measure):
         values |= {f"cka/{split}/{layer}": float(alike[i, i + 1]) for i, layer in enumerate(layers[:-1])}
         for layer, (_, arrays) in found.items():
             self.arrays |= {f"{name}/{split}/{layer}": array for name, array in arrays.items()}
-        self.arrays |= {f"cka/{split}": alike, f"index/{split}": index}
-        self.arrays |= {f"labels/{split}": y, f"predictions/{split}": predictions}
-        self.arrays |= {f"mapped/{split}": shown} if self.maps else {}
+        self.arrays |= {f"cka/{split}": alike, f"index/{split}": index, f"labels/{split}": y}
+        if self.maps:
+            self.arrays |= {f"mapped/{split}": shown, f"predictions/{split}": predictions.flatten()}
         self.settings["layers"] = layers
         return values
 
