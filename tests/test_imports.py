@@ -109,8 +109,11 @@ TESTED_WITH = {
     "run.trainer": "test_main",
     "measures.chains": "test_decodable_information",
     "measures.engines": "test_decodable_information",
+    "measures.embedding": "test_clusters",
+    "measures.grouping": "test_clusters",
     "measures.heads": "test_decodable_information",
     "measures.measure": "test_main",
+    "measures.samples": "test_clusters",
     "figures.labels": "test_figures_layerwise",
     "figures.pages": "test_figures_style",
 }
