@@ -24,6 +24,7 @@ from classifier import Classifier
 from main import main
 from measures import neural_collapse as module
 from measures.neural_collapse import equiseparation, nc1_of_labelings, neural_collapse, permuted
+from run.checkpoints import read_checkpoint
 from run.errors import UserError
 
 PINV_CUT = 1e-12  # relative to λ_max: between the rounding errors of zero eigenvalues and the smallest real ones
@@ -213,16 +214,17 @@ def test_the_permutation_is_decided_by_its_purpose_alone():
 
 
 def test_a_run_logs_the_chance_level_of_each_set_the_same_for_every_batch_size(in_an_empty_folder, monkeypatch):
-    argv = ["-e", "1", "--limit", "150", "--no-dib", "--no-plots", "--quiet"]
+    argv = ["-e", "1", "--limit", "150", "--no-dib", "--no-plots", "--quiet", "--precision", "64-true"]
     assert main([*argv, "--name", "whole"]) == 0
     monkeypatch.setattr(datasets, "EVALUATION_VALUES", 12 * 64)  # batches of 64
     assert main([*argv, "--name", "parts"]) == 0
     whole, parts = (pd.read_csv(f"lightning_logs/{name}/metrics.csv") for name in ("whole", "parts"))
     columns = [f"nc1_chance/{split}/hidden{i}" for split in ("train", "test") for i in range(1, 6)]
-    np.testing.assert_allclose(whole[columns], parts[columns], rtol=1e-6)  # float32 forward passes of other sizes
-    module = Classifier.load_from_checkpoint("lightning_logs/whole/checkpoints/last.ckpt")
+    np.testing.assert_allclose(whole[columns], parts[columns], rtol=1e-9)  # float64, times Σ_B's condition
+    path = "lightning_logs/whole/checkpoints/last.ckpt"
+    network = Classifier.from_checkpoint(read_checkpoint(path), path, (12,), 2, double=True).network.eval()
     split = datasets.load("SZT", limit=150).test
-    h = module.network.eval().feature_extractor(2 * split.inputs.float() - 1)["hidden1"].detach()
+    h = network.feature_extractor(2 * split.inputs.double() - 1)["hidden1"].detach()
     expected = definition(h, permuted(split.labels, 0, "test"))
     assert whole["nc1_chance/test/hidden1"].iloc[-1] == pytest.approx(expected, rel=1e-6)
 
