@@ -166,7 +166,7 @@ def _add_measures(parser: Parser) -> None:
     group = parser.add_argument_group("measures")
     add = group.add_argument
     for about in MEASURES:
-        add(f"--{about.flag}", action=argparse.BooleanOptionalAction, help=about.help)
+        add(f"--{about.flag}", **about.takes or {"action": argparse.BooleanOptionalAction}, help=about.help)
     add("--measure-every", type=number(int, 1), metavar="K", help="measure before training and after every K-th epoch")
     add("--measure-at", type=epoch, nargs="+", metavar="EPOCH",
         help="measure after these epochs; log:N: N at even log steps")
@@ -217,7 +217,9 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
     if "learning_rate" in given and "lr_range_test" in given:
         error("argument --lr-range-test: not allowed with -lr/--learning-rate: the test chooses the rate")
     for about in MEASURES:
-        switches = [flag.name for flag in about.flags if isinstance(flag.default, bool) and given.get(flag.name)]
+        has_value = about.takes  # then nothing of it is in a preset, and its flags are given for it alone
+        switches = [flag.name for flag in about.flags
+                    if given.get(flag.name) and (has_value or isinstance(flag.default, bool))]  # fmt: skip
         if switches and not flags[about.flag]:
             error(f"argument --{switches[0].replace('_', '-')}: belongs to --{about.flag}, which is not asked for")
     if "measure_every" in given and "measure_at" in given:

@@ -11,8 +11,10 @@ from measures.clusters import Clusters
 from measures.decodable_information import DecodableInformation, decodable_information
 from measures.grouping import cluster
 from measures.layers import chosen, features_of, hookable_layers
+from measures.look import Look
 from measures.measure import Measure
 from measures.neural_collapse import NeuralCollapse, neural_collapse
+from measures.quantities import look
 from measures.rank import Rank, rank
 from measures.reduction import reduce
 from measures.similarity import alignment, cka
@@ -23,9 +25,9 @@ from run.epochs import epochs_to_measure
 from run.run_folder import RunFolder
 
 __all__ = [
-    "Classifier", "Clusters", "DecodableInformation", "Measure", "NeuralCollapse", "Rank", "alignment", "cka",
-    "cluster", "decodable_information", "features_of", "get_args", "hookable_layers", "layers_to_measure", "measures",
-    "neural_collapse", "plans", "rank", "reduce",
+    "Classifier", "Clusters", "DecodableInformation", "Look", "Measure", "NeuralCollapse", "Rank", "alignment", "cka",
+    "cluster", "decodable_information", "features_of", "get_args", "hookable_layers", "layers_to_measure", "look",
+    "measures", "neural_collapse", "plans", "rank", "reduce",
 ]  # fmt: skip
 
 
@@ -59,5 +61,5 @@ def layers_to_measure(args: Namespace, network: Network, shape: Sequence[int]) -
     """
     layers = chosen(args.layers, network, shape)
     for kind in kinds(args):
-        kind.refuse_layers(args, layers, network)
+        kind.refuse_layers(args, layers, network, shape)
     return layers

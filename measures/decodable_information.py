@@ -301,7 +301,7 @@ class DecodableInformation(Measure):
         return {"dib_heads": digits, "dib_head_epochs": epochs}
 
     @staticmethod
-    def refuse_layers(args: Namespace, layers: Collection[str], network: nn.Module) -> None:
+    def refuse_layers(args: Namespace, layers: Collection[str], network: nn.Module, shape: Sequence[int]) -> None:
         """Heads need a layer that splits the network: a measured block."""
         blocks = [layer for layer in layers if layer in network.layers]
         if not blocks:

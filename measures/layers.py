@@ -78,6 +78,21 @@ def features_of_layers(network: nn.Module, layers: Sequence[str] | None = None) 
     return extract
 
 
+def traced(network: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The network's output, and the layers' activations as it made that output from them: for derivatives of it.
+
+    Names are those of `features_of`, of a module's single call: `name:1` where there are several.
+    """
+    names = dict.fromkeys(name.partition(CALL)[0] for name in layers)
+    returned: list[Tensor] = []
+    hook = network.register_forward_hook(lambda module, inputs, output: returned.append(output))
+    try:
+        outputs, _ = _called(network, {name: _module(network, name) for name in names}, x, (), passes_copies=True)
+    finally:
+        hook.remove()
+    return returned[-1], {layer: _wanted(outputs, [layer])[layer] for layer in layers}
+
+
 def shapes_of_layers(
     network: nn.Module, example: Tensor, layers: Sequence[str] | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -181,18 +196,26 @@ def _module(network: nn.Module, name: str) -> nn.Module:
 
 
 def _called(
-    network: nn.Module, modules: Mapping[str, nn.Module], x: Tensor, copied: Collection[str]
+    network: nn.Module,
+    modules: Mapping[str, nn.Module],
+    x: Tensor,
+    copied: Collection[str],
+    passes_copies: bool = False,
 ) -> tuple[dict[str, Tensor | None], list[str]]:
-    """What the modules return in one call of the network, in the order of calls, and the names of what it overwrote."""
+    """What the modules return in one call of the network, in the order of calls, and the names of what it overwrote.
+
+    With `passes_copies` the network goes on with copies, so that it overwrites nothing.
+    """
     calls: dict[str, list[tuple[Tensor | None, int]]] = {name: [] for name in modules}
     order: list[tuple[str, int]] = []
 
     def hook(name: str) -> Callable:
-        def keep(module: nn.Module, inputs: object, output: object) -> None:
+        def keep(module: nn.Module, inputs: object, output: object) -> Tensor | None:
             h = output if isinstance(output, Tensor) else None
             h = h.clone() if h is not None and (name in copied or h.is_inference()) else h
             order.append((name, len(calls[name])))
             calls[name].append((h, _version(h)))
+            return h.clone() if passes_copies and h is not None else None
 
         return keep
 

@@ -71,7 +71,7 @@ class Measure(Callback):
         return {}
 
     @staticmethod
-    def refuse_layers(args: Namespace, layers: Collection[str], network: nn.Module) -> None:
+    def refuse_layers(args: Namespace, layers: Collection[str], network: nn.Module, shape: Sequence[int]) -> None:
         """Refuse, before a run begins, layers at which this cannot be measured."""
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:

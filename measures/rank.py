@@ -13,10 +13,10 @@ from torch import Tensor
 from measures.means import FLOAT32_EPS, Means, check_same_counts, class_means, class_members
 from measures.measure import Measure
 from measures.passes import Activations, Features, joined
+from measures.spectra import default_tolerance, ranks_of, spectrum
 from run.ranks import ALONE, Ranks
 
 EXACT_LIMIT = 4096  # an N × N or d × d matrix of this size has 134 MB; its eigenvalues take 10 s on two CPU cores
-FLOAT64_EPS = torch.finfo(torch.float64).eps
 CENTRED_ELEMENTS = 2**23  # of a batch, copied to float64 at once: 67 MB
 COLUMN_ELEMENTS = 2**26  # of columns over all samples, held at once: 268 MB in float32
 
@@ -236,40 +236,11 @@ def layer_figures(
     num_samples, num_present, d = int(counts.sum()), int((counts > 0).sum()), len(mean.mu)
     floor = FLOAT32_EPS * math.sqrt(num_samples) * torch.linalg.vector_norm(mean.mu)
     vanishes = bool(squares[1].sqrt() <= floor)
-    of_samples = figures(*squares, tolerance or default_tolerance(max(num_samples, d), dtype), vanishes)
+    of_samples = ranks_of(*squares, tolerance or default_tolerance(max(num_samples, d), dtype), vanishes)
     # Rows of absent classes add zeros to the means' spectrum.
     means_tolerance = tolerance or default_tolerance(max(num_present, d), dtype)
-    of_means = figures(*squares_of_means, means_tolerance, bool(mean.coincide))
+    of_means = ranks_of(*squares_of_means, means_tolerance, bool(mean.coincide))
     return of_samples | {f"means_{name}": value for name, value in of_means.items()}
-
-
-def default_tolerance(size: int, dtype: torch.dtype) -> float:
-    """Relative to σ_1: what rounding to float32 leaves in a matrix of this size, or to a coarser type."""
-    return max(size * FLOAT32_EPS, torch.finfo(dtype).eps)
-
-
-def figures(squares: Tensor, energy: Tensor, tolerance: float, vanishes: bool) -> dict[str, float]:
-    """Numerical, stable and effective rank from the σ² in ascending order and ‖·‖_F²."""
-    if vanishes:
-        return {"numerical": 0.0, "stable": math.nan, "effective": math.nan}
-    largest = squares[-1]
-    sigma = resolved(squares).sqrt()
-    p = sigma / sigma.sum()
-    return {
-        "numerical": float((sigma > tolerance * sigma[-1]).sum()),
-        "stable": float(energy / largest),
-        "effective": float(torch.exp(torch.special.entr(p).sum())),
-    }
-
-
-def resolved(squares: Tensor) -> Tensor:
-    """The σ² in ascending order, with 0 for those that are nothing but rounding errors of the largest."""
-    return torch.where(squares > len(squares) * FLOAT64_EPS * squares[-1], squares, 0)
-
-
-def spectrum(squares: Tensor) -> Tensor:
-    """The singular values in descending order, float32, from their squares in ascending order."""
-    return resolved(squares).sqrt().flip(0).float()
 
 
 class Rank(Measure):

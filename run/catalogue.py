@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from run.values import MAX_DIB, MAX_RATE, number, rate
+from run.expressions import expression
+from run.values import MAX_DIB, MAX_RATE, number, parts, rate
 
 SETS = ("train", "test")
+MAX_TOP = 1000  # eigenpairs; more are a matter for whole matrices
+MAX_DENSE = 20_000  # rows of a matrix that is built: 3.2 GB
 
 
 class Column(NamedTuple):
@@ -52,6 +55,8 @@ class Flag(NamedTuple):
 class About:
     """A measure: `callback` is its `module:Class`, `flag` asks for it, and a run measures it unasked if `is_default`.
 
+    `takes` are the options, those of argparse's `add_argument`, of a flag that takes words; else it is a switch.
+
     Of flags that stand in `instead`, one excludes the others. `remark` makes a line below the closing table from the
     last row of `metrics.csv`. `figures` are functions, `module:name`, which take runs; one that comes in several forms
     has `variants`, {file name: arguments}.
@@ -62,6 +67,7 @@ class About:
     flag: str
     help: str
     is_default: bool = False
+    takes: Mapping[str, Any] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     instead: tuple[str, ...] = ()
     columns: Mapping[str, Column] = field(default_factory=dict)
@@ -77,6 +83,16 @@ def equiseparation(row: Mapping[str, str]) -> str:
         if math.isfinite(r):  # else there are fewer than three layers, or nothing changes over them
             fits.append(f"{split} r = {r:.3f}, slope {slope:.3f}")
     return "equi-separation, log NC1 over the layers: " + "; ".join(fits) if fits else ""
+
+
+def eigenvalues(row: Mapping[str, str]) -> str:
+    """The largest eigenvalues of every Hessian, with its trace."""
+    lines = []
+    for name in (column.removesuffix("/eig1") for column in row if column.endswith("/eig1") and column.count("/") == 2):
+        top = [float(row[f"{name}/eig{i}"]) for i in range(1, 4) if f"{name}/eig{i}" in row]
+        trace = f", trace {float(row[f'{name}/trace']):.4g}" if f"{name}/trace" in row else ""
+        lines.append(f"{name}: largest eigenvalues {', '.join(f'{value:.4g}' for value in top)}{trace}")
+    return "\n".join(lines)
 
 
 RANKS = ("numerical", "stable", "effective")
@@ -190,6 +206,36 @@ MEASURES = (
             "figures.clusters:cka_of_layers",
             "figures.clusters:tsne_maps",
         ),
+    ),
+    About(
+        name="look",
+        callback="measures.look:Look",
+        flag="look",
+        help="quantities of the network: hessian, gradients, jacobian, ntk, parameters, loss, or expressions such as "
+        "'hess(loss, theta(fc))' and 'grad(f(output), f(input))'",
+        takes={"nargs": "+", "type": expression, "metavar": "EXPRESSION"},
+        flags=(
+            Flag("look_by", None, "look: beside all samples, at the average over each of these groups",
+                 {"nargs": "+", "choices": ("class", "cluster", "batch")}),
+            Flag("look_set", "train", "set whose samples are looked at", {"choices": SETS}),
+            Flag("look_samples", 1000, "how many of them, by class as in the set; 0: all",
+                 {"type": number(int, 0), "metavar": "N"}),
+            Flag("look_top", 5, "largest eigenvalues or singular values to look at",
+                 {"type": number(int, 1, MAX_TOP), "metavar": "K"}),
+            Flag("look_bottom", 1, "least eigenvalues to look at", {"type": number(int, 0, MAX_TOP), "metavar": "K"}),
+            Flag("look_dense", 2000, "matrices up to this many rows are built and solved exactly",
+                 {"type": number(int, 0, MAX_DENSE), "metavar": "ROWS"}),
+            Flag("look_tolerance", 1e-3, "residual of eigenvalues, relative to the largest",
+                 {"type": number(float, 1e-6, 0.1), "metavar": "TOL"}),
+            Flag("look_probes", None, "random vectors for spectral densities, 80 products each, and 20 times as many "
+                 "for traces (else 5 with --measure; while training, the density that the eigenvalues' search saw, "
+                 "and 10 for traces)", {"type": number(int, 1, MAX_TOP), "metavar": "P"}),
+            Flag("look_parts", None, "parts of matrices: pca:K components, nmf:K non-negative factors",
+                 {"nargs": "+", "type": parts, "metavar": "PART"}),
+            Flag("look_tail", False, "look: fit a power law to the tail of weight matrices' spectra"),
+            Flag("look_arrays", False, "look: keep eigenvectors and matrices too"),
+        ),
+        remark=eigenvalues,
     ),
 )  # fmt: skip
 

@@ -71,7 +71,7 @@ DEFAULTS = {
     "tta": False,
     "lr_range_test": None,
     # measures
-    **{about.flag: about.is_default for about in MEASURES},
+    **{about.flag: None if about.takes else about.is_default for about in MEASURES},
     "measure_every": 1,
     "measure_at": None,
     "layers": None,
@@ -152,6 +152,7 @@ OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
                   "num_nodes", "plots", "strategy", "threads")  # fmt: skip
 OF_SEVERAL = ("seed", "widths", "betas", "measure_at", "layers", "measure_sets",
+              *(about.flag for about in MEASURES if "nargs" in about.takes),
               *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip
 
 

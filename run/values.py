@@ -58,6 +58,14 @@ def epoch(text: str) -> str:
     return text
 
 
+def parts(text: str) -> str:
+    """`pca:K` or `nmf:K`."""
+    kind, _, k = text.partition(":")
+    if kind not in ("pca", "nmf") or not (k.isascii() and k.isdigit() and 1 <= int(k) <= 1000):
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is neither pca:K nor nmf:K with K from 1 to 1000")
+    return text
+
+
 class OneOrSeveral(argparse.Action):
     """A single value as itself, several as a list without repetitions."""
 

@@ -109,6 +109,7 @@ TESTED_WITH = {
     "run.trainer": "test_main",
     "measures.chains": "test_decodable_information",
     "measures.engines": "test_decodable_information",
+    "measures.derivatives": "test_quantities",
     "measures.embedding": "test_clusters",
     "measures.grouping": "test_clusters",
     "measures.heads": "test_decodable_information",

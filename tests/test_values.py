@@ -4,7 +4,11 @@ import flags
 from flags import get_args
 from run import values
 
-NUMERIC = {action.option_strings[-1]: action for action in flags._build_parser()._actions if action.type}
+NUMERIC = {
+    action.option_strings[-1]: action
+    for action in flags._build_parser()._actions
+    if action.type and action.dest not in ("look", "look_parts")
+}
 
 
 EXTREMES = ["0", "-0.0", "1e-320", "1e300", "-1e300", "nan", "inf", "-1", "9" * 400]

@@ -1,0 +1,413 @@
+"""Large matrices known by their products alone: eigenpairs, trace and spectral density of symmetric ones.
+
+Letters: H the symmetric matrix (n × n), λ eigenvalues, m Lanczos steps, Q their basis (m × n), θ Ritz values, P probes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from run.errors import NotFinite, UserError
+from run.memory import free_memory
+from run.seeds import seed_from
+
+DENSE = 2000  # rows up to which a matrix is built and solved exactly
+TOLERANCE = 1e-3  # of residuals ‖Hv - λv‖, relative to the largest |λ|
+STEPS, PROBES, TRACE_PROBES = 80, 5, 100
+SECOND_LOOK = 8  # steps from another start, in case an eigenvalue has copies
+MOST_STEPS = 3000  # of one search for eigenpairs
+PRECISE = 2**16  # numbers in a vector up to which vectors are float64
+BASIS_SHARE = 0.25  # of free memory that Lanczos vectors may take
+CANCELLED = 0.7  # what is left of a vector's length at least, if rounding is to play no role
+GROWTH = 32  # vectors for which room is made at a time
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Pairs(NamedTuple):
+    """Eigenvalues (k,), their eigenvectors in rows (k, n), and ‖Hv - λv‖ / |λ|_max of each."""
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+
+
+class Estimate(NamedTuple):
+    """A number estimated from random probes, and its standard error."""
+
+    value: float
+    error: float
+
+
+class Density(NamedTuple):
+    """The spectral density Σ_j w_j δ(λ - θ_j) by each probe: nodes and weights (P, m); weights sum to 1 over j."""
+
+    nodes: Tensor
+    weights: Tensor
+
+    def moments(self) -> tuple[Estimate, Estimate]:
+        """The mean and the mean square of the eigenvalues, each with the standard error over probes."""
+        return tuple(estimate((self.weights * self.nodes**power).sum(1)) for power in (1, 2))
+
+
+def estimate(samples: Tensor) -> Estimate:
+    """Their mean, and its standard error; nan from a single one."""
+    samples = samples.double()
+    error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
+    return Estimate(float(samples.mean()), error)
+
+
+class Lanczos:
+    """The Krylov space of H from a start vector, orthogonal to the rows of `against`, one more vector by each `step`.
+
+    Every new vector is made orthogonal to all others, to rounding: without that, eigenvalues come in false copies. QHQᵀ
+    is kept as a full matrix, so that a restart is nothing but a change of basis to the Ritz vectors that matter.
+    """
+
+    def __init__(self, product: Product, start: Tensor, dtype: torch.dtype, against: Tensor | None = None) -> None:
+        self.product, self.dtype = product, dtype
+        self.basis_dtype = torch.float64 if len(start) <= PRECISE else dtype
+        self.against = None if against is None else against.to(self.basis_dtype)
+        self.Q = start.new_empty(0, len(start), dtype=self.basis_dtype)
+        self.size = 0  # of Q that is filled
+        self.T = torch.zeros(0, 0, dtype=torch.float64)
+        self.next = self._orthogonal(start.to(self.basis_dtype))
+        self.beta = float(torch.linalg.vector_norm(self.next))
+        self.next = self.next / self.beta
+        self.scale = 0.0  # of the largest product so far
+        self.is_whole = True  # the start vector is still the first of the basis
+
+    def step(self) -> bool:
+        """One product more. False, and none, where the space holds all that the start vector can reach."""
+        if self.is_exhausted():
+            return False
+        if self.size == len(self.Q):
+            self.Q = torch.cat([self.Q, self.Q.new_empty(GROWTH, self.Q.shape[1])])
+        self.Q[self.size] = self.next
+        self.size += 1
+        w = self.product(self.next.to(self.dtype)).to(self.basis_dtype)
+        length = float(torch.linalg.vector_norm(w))
+        if not math.isfinite(length):
+            raise NotFinite("a product with the matrix is infinite or nan.")
+        self.scale = max(self.scale, length)
+        column = self.basis @ w
+        T = torch.zeros(self.size, self.size, dtype=torch.float64)
+        T[:-1, :-1] = self.T
+        T[:, -1] = T[-1, :] = column.double().cpu()
+        self.T = T
+        r = self._orthogonal(w - self.basis.T @ column)
+        self.beta = float(torch.linalg.vector_norm(r))
+        self.next = r / self.beta if self.beta else r
+        return True
+
+    @property
+    def basis(self) -> Tensor:
+        return self.Q[: self.size]
+
+    def is_exhausted(self) -> bool:
+        """Whether what is left of a product beside the space is nothing but rounding."""
+        eps = torch.finfo(self.dtype).eps
+        return self.size > 0 and (self.beta <= 10 * eps * self.scale or self.size >= self._room())
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """θ in descending order, their vectors' coefficients (columns), and ‖Hv - θv‖ of each."""
+        theta, S = torch.linalg.eigh(self.T)
+        return theta.flip(0), S.flip(1), (self.beta * S[-1].abs()).flip(0)
+
+    def vectors(self, coefficients: Tensor) -> Tensor:
+        """Ritz vectors in rows, from their coefficients in columns."""
+        return coefficients.T.to(self.basis) @ self.basis
+
+    def restart(self, num: int) -> None:
+        """Keep the `num` largest Ritz vectors alone, and go on from where it was."""
+        theta, S, _ = self.ritz()
+        self.Q[:num] = self.vectors(S[:, :num])
+        self.T, self.size, self.is_whole = torch.diag(theta[:num]), num, False
+
+    def _orthogonal(self, w: Tensor) -> Tensor:
+        """Without what lies in the space and in `against`; again where rounding may have left some of it."""
+        for _ in range(3):
+            length = torch.linalg.vector_norm(w)
+            if self.against is not None:
+                w = w - self.against.T @ (self.against @ w)
+            w = w - self.basis.T @ (self.basis @ w) if self.size else w
+            if torch.linalg.vector_norm(w) > CANCELLED * length:
+                break
+        return w
+
+    def _room(self) -> int:
+        return self.Q.shape[1] - (0 if self.against is None else len(self.against))
+
+
+class Symmetric:
+    """A symmetric matrix H (n × n) of which only products Hv are known.
+
+    Up to `dense` rows it is built from n products and everything is exact; beyond, eigenpairs come from Lanczos'
+    method, trace and density from random probes, which `seed` draws.
+    """
+
+    def __init__(
+        self, product: Product, size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        dense: int = DENSE, seed: int = 0, matrix: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.product, self.size, self.dtype, self.device = product, size, dtype, torch.device(device)
+        self.dense, self.seed = dense, seed
+        self.num_products = 0
+        self._matrix = None if matrix is None else (matrix + matrix.T).double() / 2
+        self._pairs: Pairs | None = None  # of the whole matrix
+        self.space: Lanczos | None = None  # of the last search for the largest
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Hv of a vector (n,)."""
+        self.num_products += 1
+        return self.product(v.to(self.device, self.dtype))
+
+    def is_dense(self) -> bool:
+        """Whether it is small enough to be built."""
+        return self.size <= self.dense
+
+    def matrix(self) -> Tensor:
+        """H itself, made exactly symmetric, float64."""
+        if not self.is_dense() and self._matrix is None:
+            raise UserError(f"a matrix of {self.size} rows is not built: at most {self.dense} (--look-dense)")
+        if self._matrix is None:
+            eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+            H = torch.stack([self.matvec(row) for row in eye]).double()
+            if not H.isfinite().all():
+                raise NotFinite("the matrix has values that are infinite or nan.")
+            self._matrix = (H + H.T) / 2
+        return self._matrix
+
+    def pairs(self) -> Pairs:
+        """All eigenpairs, descending, of a matrix that is small enough."""
+        if self._pairs is None:
+            values, vectors = torch.linalg.eigh(self.matrix())
+            residuals = torch.linalg.vector_norm(self.matrix() @ vectors - vectors * values, dim=0)
+            residuals = residuals / values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+            self._pairs = Pairs(values.flip(0), vectors.T.flip(0), residuals.flip(0))
+        return self._pairs
+
+    def top(self, k: int = 5, tol: float = TOLERANCE) -> Pairs:
+        """The k largest eigenvalues with their vectors, each up to ‖Hv - λv‖ ≤ tol |λ|_max.
+
+        Lanczos' method with every vector orthogonal to all others. It finds an eigenvalue with several eigenvectors
+        once; so it then looks a second time, orthogonally to what it found, whether there is more of that size.
+        """
+        self._refuse_more(k)
+        if self.is_dense():
+            pairs = self.pairs()
+            return Pairs(pairs.values[:k], pairs.vectors[:k], pairs.residuals[:k])
+        return self._extreme(k, tol, 1)
+
+    def bottom(self, k: int = 1, tol: float = TOLERANCE) -> Pairs:
+        """The k least eigenvalues, ascending, likewise."""
+        self._refuse_more(k)
+        if self.is_dense():
+            pairs = self.pairs()
+            return Pairs(*(part[-k:].flip(0) for part in pairs))
+        found = self._extreme(k, tol, -1)
+        return found._replace(values=-found.values)
+
+    def trace(self, probes: int = TRACE_PROBES, deflate: Pairs | None = None) -> Estimate:
+        """The sum of the eigenvalues; beyond `dense` rows by Hutchinson's estimate from random signs, zᵀHz.
+
+        Of eigenpairs in `deflate` the values are added and the probes made orthogonal to them: what is left to
+        estimate varies less.
+        """
+        if self.is_dense():
+            return Estimate(float(self.matrix().diagonal().sum()), 0.0)
+        return self._probed(probes, deflate)[0]
+
+    def fro(self, probes: int = TRACE_PROBES, deflate: Pairs | None = None) -> Estimate:
+        """‖H‖_F, likewise from ‖Hz‖²."""
+        if self.is_dense():
+            return Estimate(float(torch.linalg.matrix_norm(self.matrix())), 0.0)
+        square = self._probed(probes, deflate)[1]
+        return root_of(square)
+
+    def trace_and_fro(self, probes: int = TRACE_PROBES, deflate: Pairs | None = None) -> tuple[Estimate, Estimate]:
+        """Both from the same probes."""
+        if self.is_dense():
+            return self.trace(), self.fro()
+        trace, square = self._probed(probes, deflate)
+        return trace, root_of(square)
+
+    def density(self, steps: int = STEPS, probes: int = PROBES) -> Density:
+        """The spectral density by stochastic Lanczos quadrature; exact, with all weights 1/n, up to `dense` rows."""
+        if self.is_dense():
+            values = self.pairs().values[None]
+            return Density(values, torch.full_like(values, 1 / self.size))
+        found = [quadrature(self._grown(self._signs("density", i), steps)) for i in range(probes)]
+        most = max(len(nodes) for nodes, _ in found)
+        padded = [(torch.cat([n, n[-1:].expand(most - len(n))]), torch.cat([w, w.new_zeros(most - len(w))]))
+                  for n, w in found]  # fmt: skip
+        return Density(torch.stack([n for n, _ in padded]), torch.stack([w for _, w in padded]))
+
+    def seen(self) -> Density:
+        """The density as the search for the largest eigenvalues saw it, from one probe: for free, and rough."""
+        if self.is_dense():
+            return self.density()
+        is_usable = self.space is not None and self.space.is_whole
+        nodes, weights = quadrature(self.space if is_usable else self._grown(self._start(0), STEPS))
+        return Density(nodes[None], weights[None])
+
+    def norms(self) -> dict[str, float]:
+        """The Frobenius norm and the spectral norm, the largest |λ|."""
+        spectral = max(abs(float(self.top(1).values)), abs(float(self.bottom(1).values)))
+        return {"fro": self.fro().value, "spectral": spectral}
+
+    def _refuse_more(self, k: int) -> None:
+        if not 1 <= k <= self.size:
+            raise UserError(f"a matrix of {self.size} rows has {self.size} eigenvalues, not {k} (--look-top)")
+
+    def _extreme(self, k: int, tol: float, sign: int) -> Pairs:
+        """The k largest of H (sign 1) or -H (-1)."""
+
+        def product(v: Tensor) -> Tensor:
+            return sign * self.matvec(v)
+
+        space = Lanczos(product, self._start(0), self.dtype)
+        found = self._converged(space, k, tol)
+        self.space = space if sign == 1 else self.space
+        look = 0
+        while len(found.values) < self.size:
+            look += 1
+            other = Lanczos(product, self._start(look), self.dtype, against=found.vectors)
+            while other.size < SECOND_LOOK and other.step():
+                pass
+            scale = found.values.abs().max()
+            if len(found.values) >= k and other.ritz()[0][0] <= found.values[k - 1] + tol * scale:
+                break
+            more = self._converged(other, 1, tol, scale)
+            values = torch.cat([found.values, more.values])
+            order = values.argsort(descending=True)
+            found = Pairs(*(torch.cat([a, b])[order.to(a.device)] for a, b in zip(found, more, strict=True)))
+        return Pairs(*(part[:k] for part in found))
+
+    def _converged(self, space: Lanczos, k: int, tol: float, scale: float = 0.0) -> Pairs:
+        """The k largest Ritz pairs of a space, grown until their residuals are small enough, or it is exhausted."""
+        room = max(4 * k + 20, int(BASIS_SHARE * free_memory(self.device)) // (8 * self.size))
+        for _ in range(MOST_STEPS):
+            goes_on = space.step()
+            theta, S, residuals = space.ritz()
+            largest = max(float(theta.abs().max()), float(scale), torch.finfo(torch.float64).tiny)
+            enough = space.size >= k and bool((residuals[:k] <= tol * largest).all())
+            if enough or not goes_on:
+                return Pairs(theta[:k], space.vectors(S[:, :k]), residuals[:k] / largest)
+            if space.size >= room:
+                space.restart(min(2 * k + 5, room // 2))
+        raise UserError(f"{k} eigenvalues did not converge to {tol:g} in {MOST_STEPS} steps: ask for less (--look-top)")
+
+    def _probed(self, probes: int, deflate: Pairs | None) -> tuple[Estimate, Estimate]:
+        """tr H and ‖H‖_F²."""
+        V = None if deflate is None else deflate.vectors.to(self.device)
+        traces, squares = [], []
+        for i in range(probes):
+            z = self._signs("trace", i)
+            z = z if V is None else z - (V.T @ (V @ z.to(V))).to(z)
+            Hz = self.matvec(z).double()
+            traces.append(z.double() @ Hz)
+            squares.append(Hz @ Hz)
+        known = torch.zeros(1, dtype=torch.float64) if deflate is None else deflate.values.double().cpu()
+        estimates = estimate(torch.stack(traces).cpu()), estimate(torch.stack(squares).cpu())
+        sums = float(known.sum()), float(known.square().sum())
+        return tuple(Estimate(e.value + s, e.error) for e, s in zip(estimates, sums, strict=True))
+
+    def _grown(self, start: Tensor, steps: int) -> Lanczos:
+        space = Lanczos(self.matvec, start, self.dtype)
+        while space.size < steps and space.step():
+            pass
+        return space
+
+    def _start(self, i: int) -> Tensor:
+        """A random vector for the i-th search: unlike one of signs, in no small space by chance."""
+        generator = torch.Generator().manual_seed(seed_from(self.seed, "start", i))
+        start = torch.rand(self.size, generator=generator, dtype=torch.float64) - 0.5
+        return start.to(self.device, self.dtype)
+
+    def _signs(self, purpose: str, i: int) -> Tensor:
+        """A vector of random signs, the same on every device."""
+        generator = torch.Generator().manual_seed(seed_from(self.seed, purpose, i))
+        signs = 2 * torch.randint(2, (self.size,), generator=generator) - 1
+        return signs.to(self.device, self.dtype)
+
+
+def quadrature(space: Lanczos) -> tuple[Tensor, Tensor]:
+    """Nodes (descending) and weights of the density that the start vector of a space sees."""
+    theta, S, _ = space.ritz()
+    return theta, S[0].square()
+
+
+def root_of(square: Estimate) -> Estimate:
+    """sqrt of an estimate, its error to first order."""
+    root = math.sqrt(square.value)
+    return Estimate(root, square.error / (2 * root) if root else 0.0)
+
+
+class Rectangular:
+    """A matrix B (n × m) of which only products Bv and Bᵀu are known."""
+
+    def __init__(
+        self, product: Product, transposed: Product, shape: tuple[int, int], *, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu", dense: int = DENSE, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.product, self.transposed, self.shape = product, transposed, shape
+        self.dtype, self.device, self.dense, self.seed = dtype, torch.device(device), dense, seed
+        self._matrix: Tensor | None = None
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Bv of a vector (m,)."""
+        return self.product(v.to(self.device, self.dtype))
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        """Bᵀu of a vector (n,)."""
+        return self.transposed(u.to(self.device, self.dtype))
+
+    def is_dense(self) -> bool:
+        """Whether it is small enough to be built: by one product for each row, or column, of the shorter side."""
+        return min(self.shape) <= self.dense and math.prod(self.shape) <= 16 * self.dense**2
+
+    def matrix(self) -> Tensor:
+        """B itself, float64."""
+        n, m = self.shape
+        if not self.is_dense():
+            raise UserError(f"a matrix of {n} × {m} is not built: at most {self.dense} rows or columns (--look-dense)")
+        if self._matrix is None:
+            eye = torch.eye(min(n, m), dtype=self.dtype, device=self.device)
+            products = torch.stack([(self.rmatvec if n <= m else self.matvec)(row) for row in eye]).double()
+            self._matrix = products if n <= m else products.T
+        return self._matrix
+
+    def top(self, k: int = 5, tol: float = TOLERANCE) -> Tensor:
+        """The k largest singular values, descending; beyond `dense` rows those whose squares BᵀB or BBᵀ has."""
+        if self.is_dense():
+            return torch.linalg.svdvals(self.matrix())[:k]
+        return self._gram().top(k, tol).values.clamp(min=0).sqrt()
+
+    def fro(self, probes: int = TRACE_PROBES) -> Estimate:
+        """‖B‖_F; beyond `dense` rows from random probes."""
+        if self.is_dense():
+            return Estimate(float(torch.linalg.matrix_norm(self.matrix())), 0.0)
+        return root_of(self._gram().trace(probes))
+
+    def norms(self) -> dict[str, float]:
+        """The Frobenius norm and the spectral norm."""
+        return {"fro": self.fro().value, "spectral": float(self.top(1))}
+
+    def _gram(self) -> Symmetric:
+        n, m = self.shape
+
+        def product(v: Tensor) -> Tensor:
+            return self.rmatvec(self.matvec(v)) if m <= n else self.matvec(self.rmatvec(v))
+
+        options = {"dtype": self.dtype, "device": self.device, "dense": 0, "seed": self.seed}
+        return Symmetric(product, min(n, m), **options)
