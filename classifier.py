@@ -1,8 +1,11 @@
-"""Training: any of the networks as a LightningModule, its loss, its optimizer and the schedule of its rate."""
+"""Training: any of the networks as a LightningModule, its loss, its optimizer and the schedule of its rate.
+
+Letters: B samples of a batch, C classes.
+"""
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,34 @@ LOOKAHEAD_STEPS, LOOKAHEAD_DECAY = 5, 0.95  # of airbench
 AGAINST_DIVERGENCE = "try a lower -lr/--learning-rate or a longer --warmup (--keep-going goes on all the same)"
 
 
+def squared_error(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    """½ Σ_c (f_c − 1[y = c])² of logits f (B, C) and labels y (B,): mean or sum over samples, or, with "none", (B,).
+
+    The squared loss ½‖f − y‖² of Cohen et al. (2021), at least in float32. By hand, (0.5² + 0.5²) / 2 and 1² / 2:
+
+    >>> squared_error(torch.tensor([[0.5, 0.5], [0.0, 2.0]]), torch.tensor([0, 1]), reduction="none").tolist()
+    [0.25, 0.5]
+    """
+    is_label = y[..., None] == torch.arange(logits.shape[-1], device=logits.device)
+    errors = logits.to(torch.promote_types(logits.dtype, torch.float32)) - is_label.to(logits.dtype)
+    losses = errors.square().sum(-1) / 2
+    return losses if reduction == "none" else {"sum": torch.sum, "mean": torch.mean}[reduction](losses)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"cross-entropy": F.cross_entropy, "mse": squared_error}
+
+
+def loss_of(
+    logits: Tensor, y: Tensor, hparams: Mapping[str, Any], reduction: str = "mean", *, smoothed: bool = False
+) -> Tensor:
+    """The loss that a network with these `hparams` is trained with; with label smoothing only if `smoothed`."""
+    smoothing = hparams.get("label_smoothing", 0.0) if smoothed else 0.0
+    options = {"label_smoothing": smoothing} if smoothing else {}
+    return LOSSES[hparams.get("loss", "cross-entropy")](logits, y, reduction=reduction, **options)
+
+
 class Classifier(LightningModule):
-    """Trains any of the networks with the cross-entropy. All that it takes to build it again stands in `hparams`.
+    """Trains any of the networks with one of LOSSES. All that it takes to build it again stands in `hparams`.
 
     After every epoch `values` holds, and loggers and callbacks get, `train_loss`, `train_acc` (means over the samples
     as training saw them: augmented, before each step, with label smoothing in the loss if any), `test_loss`, `test_acc`
@@ -40,6 +69,7 @@ class Classifier(LightningModule):
         nonlinearity: str = "relu",
         batch_norm: bool = False,
         stem: str | None = None,
+        loss: str = "cross-entropy",
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
         momentum: float = 0.9,
@@ -63,6 +93,8 @@ class Classifier(LightningModule):
             raise WrongFlag(
                 f"argument --tta: needs images of at least 2 × 2 pixels to shift, but samples here are {size}"
             )
+        if loss not in LOSSES:
+            raise ValueError(f"{loss!r} is none of the losses {', '.join(LOSSES)}")
         self.save_hyperparameters()
         options = {"widths": widths, "nonlinearity": nonlinearity, "batch_norm": batch_norm, "stem": stem}
         self.network = build_network(model, shape, num_classes, **options)
@@ -117,7 +149,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         logits = self.network(x)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.hparams.label_smoothing)
+        loss = loss_of(logits, y, self.hparams, smoothed=True)
         self._count("train", logits, y, loss)
         if self.trainer.world_size > 1:  # shares may differ by a sample, and the mean over ranks knows nothing of it
             loss = loss * self.trainer.train_dataloader.weight(batch_idx)
@@ -126,7 +158,7 @@ class Classifier(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
         logits = logits_over_views(self.network, x) if self.hparams.tta else self.network(x)
-        self._count("test", logits, y, F.cross_entropy(logits, y))
+        self._count("test", logits, y, loss_of(logits, y, self.hparams))
 
     def on_train_epoch_start(self) -> None:
         # Dropout and its kin draw from the seed and the epoch alone: a resumed run draws what it would have drawn.

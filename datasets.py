@@ -401,11 +401,12 @@ class Data(LightningDataModule):
     """A dataset as Lightning's Trainer and the measures want it: on the trainer's device, in the rank's share."""
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, *, augment: bool = True, alternate_flip: bool = False, seed: int = 0
-    ):
+        self, dataset: Dataset, batch_size: int | str, *, augment: bool = True, alternate_flip: bool = False,
+        seed: int = 0,
+    ):  # fmt: skip
         super().__init__()
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size = len(dataset.train.labels) if batch_size == "all" else batch_size
         self.random = {"augment": augment, "alternate_flip": alternate_flip, "seed": seed}
 
     def refuse_few(self, num_devices: int, in_step: int = 0) -> None:

@@ -15,6 +15,7 @@ from run.presets import (
     DATASETS,
     DEFAULTS,
     IMAGE_MODELS,
+    LOSSES,
     MODELS,
     NONLINEARITIES,
     OPTIMIZERS,
@@ -34,6 +35,7 @@ from run.values import (
     MAX_SCALE,
     MAX_THREADS,
     OneOrSeveral,
+    batch_size,
     epoch,
     number,
     perhaps,
@@ -60,6 +62,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags["measure_at"] = None  # the preset's epochs give way to the user's
     if "layers" in stored | given and "dib_layers" not in stored | given:
         flags["dib_layers"] = None  # and so do its layers
+    if flags["loss"] != "cross-entropy" and "label_smoothing" not in stored | given:
+        flags["label_smoothing"] = 0.0  # and its smoothing, which is one of the cross-entropy
     _refuse_bad_combinations(parser, given, flags)
     args = argparse.Namespace(**flags)
     begun = None if args.resume or args.measure or args.list_layers else slurm.run_to_go_on_with(flags_of_run(args))
@@ -142,10 +146,13 @@ def _add_optimisation(parser: Parser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     fraction = number(float, 0, 1)
     add("-e", "--epochs", type=number(int, 1, MAX_EPOCHS), metavar="N", help="passes over the training set")
-    add("-b", "--batch-size", type=number(int, 1), metavar="N", help="samples a step, over all devices together")
+    add("-b", "--batch-size", type=batch_size(), metavar="N",
+        help="samples a step, over all devices together; `all`: the whole training set")
     add("-lr", "--learning-rate", type=rate(), metavar="RATE", help="highest learning rate")
+    add("--loss", choices=LOSSES,
+        help="what training lowers; mse: half the squared distance of logits and one-hot label, mean over samples")
     add("--optimizer", choices=OPTIMIZERS, help="sgd is with Nesterov momentum")
-    add("--momentum", type=number(float, 0, 1), metavar="M", help="momentum of sgd")
+    add("--momentum", type=number(float, 0, 1), metavar="M", help="momentum of sgd; 0: plain gradient descent")
     add("--betas", type=fraction, nargs=2, metavar="B", help="decay rates of adam and adamw")
     add("--weight-decay", type=number(float, 0, MAX_RATE), metavar="WD", help="weight decay")
     add("--label-smoothing", type=fraction, metavar="S", help="label smoothing of the cross-entropy")
@@ -190,7 +197,7 @@ def _refuse_small_batches(parser: Parser, flags: dict) -> None:
     num_devices = flags["devices"] * flags["num_nodes"]
     has_norm = flags["batch_norm"] and flags["model"] == "MLP"
     needed = num_devices * (2 if has_norm else 1)
-    if flags["batch_size"] < needed:
+    if flags["batch_size"] != "all" and flags["batch_size"] < needed:
         parser.error(
             f"argument -b/--batch-size: {flags['batch_size']} is too few for {num_devices} device(s) (--devices × "
             f"--num-nodes){' with --batch-norm' if has_norm else ''}: at least {needed} are needed"
@@ -235,6 +242,11 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
         error("argument --momentum: must be below 1")
     if flags["label_smoothing"] >= 1:
         error("argument --label-smoothing: must be below 1")
+    if flags["label_smoothing"] > 0 and flags["loss"] != "cross-entropy":
+        error(
+            f"argument --label-smoothing: is for --loss cross-entropy; with --loss {flags['loss']} only 0 is allowed, "
+            f"not {flags['label_smoothing']:g}"
+        )
     late = [item for item in flags["measure_at"] or [] if item.isdigit() and int(item) > flags["epochs"]]
     if late:
         error(f"argument --measure-at: epoch {late[0]} is behind the last one, {flags['epochs']}")

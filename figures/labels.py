@@ -6,7 +6,12 @@ from figures.style import plain
 from run.catalogue import MEASURES, Column, column, measure_of
 
 RANKS = ("numerical", "stable", "effective")
-OF_TRAINING = {"loss": Column("cross-entropy", "nats"), "acc": Column("accuracy", "%", scale=0.01)}
+OF_TRAINING = {
+    "loss": Column("cross-entropy", "nats"),
+    "loss mse": Column("half the squared error"),
+    "losses": Column("loss"),
+    "acc": Column("accuracy", "%", scale=0.01),
+}
 
 
 def label_of(measure: str) -> Column:

@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from figures.axes import log_if_wide, y_axis
+from figures.axes import log_if_wide
 from figures.pages import COLUMNS, new_page, remove, styled
 from figures.runs import Run, number
 from figures.settings import compare
 from figures.style import OKABE_ITO, NothingToDraw, plain
+from figures.training import loss_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,5 +57,5 @@ def _lr_test(ax: Axes, run: Run, color: str) -> None:
         ax.axvline(rate, linestyle="--", color=color, label=label)
     ax.set_xscale("log")
     ax.set_xlabel("learning rate")
-    y_axis(ax, "loss")
+    loss_axis(ax, run)
     log_if_wide(ax)

@@ -40,6 +40,8 @@ def training_curves(runs: Run | Sequence[Run]) -> Figure:
             loss_or_accuracy(ax, setting, quantity, splits, comparison.name(setting), **style, **bare)
         if len(sets) > 1:
             ax.set_title(f"{splits[0]} set")
+        if quantity == "loss":
+            loss_axis(ax, *(run for setting in settings for run in setting.runs))
         mark_measured(ax, settings)
     handles = [handle for handle in axes[0, 0].get_legend_handles_labels()[0] if handle.get_label()]
     (legend_beside if len(settings) == 1 else legend_below)(figure, handles)
@@ -63,9 +65,17 @@ def loss_or_accuracy(
             label = plain(", ".join(filter(None, [name, split if both else ""])), width=40)
             draw_line(ax, band, split, label=label, **style | both)
     epoch_axis(ax, band.mean.index)
-    y_axis(ax, quantity)
     if quantity == "loss":
+        loss_axis(ax, *setting.runs)
         log_if_wide(ax)
+    else:
+        y_axis(ax, quantity)
+
+
+def loss_axis(ax: Axes, *runs: Run) -> None:
+    """Label of the loss with which these runs were trained, if it is one and the same."""
+    losses = {str(run.hparams.get("loss", "cross-entropy")) for run in runs}
+    y_axis(ax, {"cross-entropy": "loss", "mse": "loss mse"}.get(" ".join(losses), "losses"))
 
 
 def mark_measured(ax: Axes, settings: Sequence[Setting]) -> None:

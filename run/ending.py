@@ -68,7 +68,7 @@ def in_a_sentence(
 
 
 @contextmanager
-def memory_for(batch_size: int) -> Iterator[None]:
+def memory_for(batch_size: int | str) -> Iterator[None]:
     """Inside, memory that runs out is the user's to mend: says how."""
     try:
         yield

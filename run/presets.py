@@ -13,6 +13,7 @@ MODELS = ("MLP", "MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")
 IMAGE_MODELS = ("MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")  # others get what the data are
 DATASETS = ("SZT", "MNIST", "FashionMNIST", "CIFAR10")
 NONLINEARITIES = ("tanh", "relu", "gelu", "silu", "sigmoid", "leaky_relu", "elu", "identity")
+LOSSES = ("cross-entropy", "mse")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
@@ -56,6 +57,7 @@ DEFAULTS = {
     "epochs": 20,
     "batch_size": 256,
     "learning_rate": 1e-3,
+    "loss": "cross-entropy",
     "optimizer": "adam",
     "momentum": 0.9,
     "betas": [0.9, 0.999],

@@ -35,6 +35,21 @@ def number(
     return convert
 
 
+def batch_size() -> Callable:
+    """A converter for the samples of a step: a number of them, or `all` for the whole training set."""
+    convert = number(int, 1)
+
+    def convert_or_all(text: str) -> int | str:
+        if text == "all":
+            return text
+        try:
+            return convert(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or all") from None
+
+    return convert_or_all
+
+
 def rate() -> Callable:
     """A converter for a learning rate."""
     return number(float, 0, MAX_RATE, open_low=True)

@@ -1,5 +1,6 @@
 """The Classifier: what it logs, how its rate moves, and that a run is what its seed says."""
 
+import doctest
 import math
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
-from classifier import LOOKAHEAD_STEPS, Classifier, logits_over_views, rate_factor
+import classifier
+from classifier import LOOKAHEAD_STEPS, LOSSES, Classifier, logits_over_views, loss_of, rate_factor
 from datasets import Data, Dataset, Split
 from flags import get_args
+from run import presets
 from run.errors import UserError
 from run.presets import flags_of_run
 
@@ -58,6 +61,66 @@ def test_training_loss_is_that_of_the_weights_before_each_step():
     fresh = Classifier.from_flags(flags, (1, 28, 28), 3)
     x, y = data.in_order("train")[torch.arange(40)], dataset.train.labels
     assert module.values["train_loss"] == pytest.approx(F.cross_entropy(fresh(x), y).item(), rel=1e-5)
+
+
+def test_the_squared_error_by_hand():
+    """Of (0.5, −1, 2) with label 2: (0.5² + 1² + 1²) / 2 = 1.125; of (0, 3, 0) with label 1: 2² / 2."""
+    assert doctest.testmod(classifier).failed == 0 and doctest.testmod(classifier).attempted > 0
+    logits, y = torch.tensor([[0.5, -1.0, 2.0], [0.0, 3.0, 0.0]]), torch.tensor([2, 1])
+    assert loss_of(logits, y, {"loss": "mse"}, "none").tolist() == [1.125, 2.0]
+    assert loss_of(logits, y, {"loss": "mse"}, "sum").item() == 3.125
+    assert loss_of(logits, y, {"loss": "mse"}).item() == 1.5625
+    assert loss_of(logits.bfloat16(), y, {"loss": "mse"}, "none").dtype == torch.float32
+
+
+def test_without_a_loss_in_its_settings_a_network_has_the_cross_entropy_which_alone_is_smoothed():
+    logits, y = torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([2])
+    plain, smooth = (F.cross_entropy(logits, y, label_smoothing=smoothing) for smoothing in (0.0, 0.2))
+    assert loss_of(logits, y, {}) == loss_of(logits, y, {"label_smoothing": 0.2}) == plain
+    assert loss_of(logits, y, {"label_smoothing": 0.2}, smoothed=True) == smooth
+    assert set(presets.LOSSES) == set(LOSSES)
+
+
+GRADIENT_DESCENT = "--optimizer sgd --momentum 0 --schedule constant --warmup 0 --no-augment -b all"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_with_all_samples_in_a_batch_and_no_momentum_an_epoch_is_a_step_of_gradient_descent(loss):
+    """θ − lr ∇L of a linear network in float64, ∇L in closed form: mean over samples of (g − 1[y = c]) xᵀ."""
+    dataset = toy_images(num_train=50)
+    line = f"-m MLP -w 5 -nl identity -e 1 -lr 0.1 {GRADIENT_DESCENT} --loss {loss}"
+    module, trainer, data = fitted(line, dataset, precision="64-true")
+    assert trainer.global_step == 1 and data.batch_size == 50
+    fresh = Classifier.from_flags(flags_of_run(get_args(["-d", "MNIST", *line.split()])), (1, 28, 28), 3).double()
+    x, y = data.in_order("train")[torch.arange(50)].double().flatten(1), dataset.train.labels
+    with torch.no_grad():
+        W, b, V, c = fresh.parameters()
+        h = x @ W.T + b
+        f = h @ V.T + c
+        g = (f.softmax(1) if loss == "cross-entropy" else f) - F.one_hot(y, 3)
+        gradients = (g @ V).T @ x / 50, (g @ V).mean(0), g.T @ h / 50, g.mean(0)
+        for theta, before, gradient in zip(module.parameters(), fresh.parameters(), gradients, strict=True):
+            # Sums of 784 and 50 terms about 1, in float64 and in any order.
+            assert torch.allclose(theta, before - 0.1 * gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_the_squared_error_is_what_both_loss_columns_hold():
+    dataset = toy_images(num_train=40)
+    module, _, data = fitted("-m MLP -w 8 -e 1 -b all --no-augment --loss mse", dataset)
+    fresh = Classifier.from_flags(flags_of_run(get_args(["-d", "MNIST", "-m", "MLP", "-w", "8"])), (1, 28, 28), 3)
+    for split, network, num in (("train", fresh, 40), ("test", module.eval(), 31)):
+        x, y = data.in_order(split)[torch.arange(num)], getattr(dataset, split).labels
+        with torch.no_grad():
+            errors = network(x) - F.one_hot(y, 3)
+        assert module.values[f"{split}_loss"] == pytest.approx(errors.square().sum(1).mean().item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", ["all", "1000000"])
+def test_a_batch_of_all_samples_leaves_those_of_measures_and_tests_as_they_are(size):
+    _, trainer, data = fitted(f"-m MLP -w 8 -e 3 -b {size}", toy_images(num_train=5000, num_test=5000))
+    assert trainer.global_step == 3 and len(data.train_dataloader()) == 1
+    most = max(len(y) for split in ("train", "test") for _, y in data.in_order(split))
+    assert most == 2**20 // 28**2  # whatever the step's size
 
 
 def test_same_seed_same_weights_other_seed_others():

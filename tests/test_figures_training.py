@@ -22,6 +22,12 @@ def test_training_curves_show_both_sets_and_mark_the_measured_epochs(tmp_path):
     assert [ax.get_ylabel() for ax in figure.axes] == ["cross-entropy (nats)", "accuracy (%)"]
 
 
+def test_the_axis_names_the_loss_that_the_runs_share(tmp_path):
+    folders = [make_run(tmp_path / f"version_{i}", loss=loss) for i, loss in enumerate(("mse", "cross-entropy"))]
+    one, both = (plots.training_curves(load(*some)).axes[0] for some in (folders[:1], folders))
+    assert (one.get_ylabel(), both.get_ylabel()) == ("half the squared error", "loss")
+
+
 @pytest.mark.parametrize(
     "num_epochs, measured, shown", [(200, None, 0), (200, range(0, 201, 2), 0), (20, (0, 1, 20), 3)]
 )

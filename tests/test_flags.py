@@ -30,6 +30,7 @@ WRONG = [
     ("-e", "--epochs", "expected one argument"),
     ("-b 0", "--batch-size", "at least 1"),
     ("-b many", "--batch-size", "whole number"),
+    ("-b ALL", "--batch-size", "or all"),
     ("-lr 0", "--learning-rate", "above 0"),
     ("-lr nan", "--learning-rate", "above 0"),
     ("-lr inf", "--learning-rate", "above 0"),
@@ -39,6 +40,8 @@ WRONG = [
     ("--betas 0.9 1", "--betas", "below 1"),
     ("--weight-decay -1", "--weight-decay", "at least 0"),
     ("--label-smoothing 1", "--label-smoothing", "below 1"),
+    ("--label-smoothing 0.1 --loss mse", "--label-smoothing", "only 0 is allowed, not 0.1"),
+    ("--loss mes", "--loss", "perhaps mse"),
     ("--warmup 1.5", "--warmup", "at most 1"),
     ("--optimizer lbfgs", "--optimizer", "adamw"),
     ("--schedule steps", "--schedule", "cosine"),
@@ -123,6 +126,11 @@ def test_more_processes_than_cpus_can_serve_are_refused(monkeypatch, capsys):
 
 def test_a_small_batch_is_no_mistake_where_nothing_is_trained():
     assert get_args(["--measure", "x.ckpt", "-b", "1", "--devices", "2", "--batch-norm"]).batch_size == 1
+
+
+def test_the_presets_label_smoothing_gives_way_to_a_loss_that_has_none():
+    assert get_args(["-m", "CIFARNet", "-d", "CIFAR10"]).label_smoothing == 0.2
+    assert get_args(["-m", "CIFARNet", "-d", "CIFAR10", "--loss", "mse"]).label_smoothing == 0.0
 
 
 def test_help_shows_the_defaults_of_the_chosen_model(capsys):

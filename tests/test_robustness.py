@@ -125,6 +125,33 @@ def test_a_run_in_float64_killed_and_resumed_equals_one_never_interrupted(tmp_pa
     assert_same_run(LOGS / "cut", LOGS / "whole")
 
 
+def test_gradient_descent_on_the_squared_error_killed_and_resumed_equals_one_never_interrupted(tmp_path):
+    line = [*TINY, "-e", "6", "--no-dib", "--loss", "mse", "-b", "all", "--optimizer", "sgd", "--momentum", "0"]
+    assert finish([*line, "--name", "whole"], tmp_path)[0] == 0
+    meddle = partial(signal_at, "classifier:Classifier.training_step", 4, signal.SIGKILL)
+    assert finish([*line, "--name", "cut"], tmp_path, meddle=meddle)[0] == -signal.SIGKILL
+    assert finish(["--resume", "lightning_logs/cut"], tmp_path)[0] == 0
+    assert_same_run(LOGS / "cut", LOGS / "whole")
+    hparams = yaml.safe_load((LOGS / "cut/hparams.yaml").read_text())
+    assert (hparams["loss"], hparams["batch_size"]) == ("mse", "all")
+    content = read_checkpoint(LOGS / "cut/checkpoints/last.ckpt")
+    assert content["hyper_parameters"]["loss"] == "mse" and content["global_step"] == 6  # a step an epoch
+
+
+def test_a_run_from_before_there_were_losses_goes_on_with_the_cross_entropy(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    last = run / "checkpoints/last.ckpt"
+    content = read_checkpoint(last)
+    del content["hyper_parameters"]["loss"]
+    torch.save(content, last)
+    text_in_hparams("loss: cross-entropy\n", "")(last)
+    assert "\nloss:" not in (run / "hparams.yaml").read_text()
+    assert Classifier.load_from_checkpoint(last, weights_only=True).hparams.loss == "cross-entropy"
+    assert main.main(["--resume", "run"]) == 0
+    assert status_of(["--resume", "run", "--loss", "mse"]) == 2
+    assert "a resumed run keeps its loss=cross-entropy" in told(capsys)
+
+
 WRITING = [
     ("run.files:os.fsync", 3, False),  # the second row of metrics.csv or dib.csv: not yet on the disk
     ("run.files:os.replace", 5, False),  # on the disk, but not in its place
@@ -754,6 +781,7 @@ BAD_TO_MEASURE = {
     "of another network than it says": (other_network, "another network than it says"),
     "of an unknown model": (lambda path: edited(path, hyper_parameters={"model": "Transformer"}), "Transformer"),
     "with an unknown flag": (lambda path: edited(path, hyper_parameters={"new_flag": 1}), "new_flag"),
+    "with an unknown loss": (lambda path: edited(path, hyper_parameters={"loss": "hinge"}), "'hinge' is none of"),
     "with impossible widths": (lambda path: edited(path, hyper_parameters={"widths": "wide"}), "another network"),
     "of other classes": (lambda path: edited(path, hyper_parameters={"num_classes": 3}), "3 classes"),
 }
