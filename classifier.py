@@ -3,6 +3,7 @@
 Letters: B samples of a batch, C classes.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets import Data
 from networks import build_network
+from run.checkpoints import read_checkpoint
 from run.errors import UserError, WrongFlag
 from run.ranks import Ranks
 from run.seeds import seed_from
 from run.trainer import use_threads
 
+ALIKE = ("model", "widths", "nonlinearity", "batch_norm", "loss")  # of networks that are measured together
 LOOKAHEAD_STEPS, LOOKAHEAD_DECAY = 5, 0.95  # of airbench
 AGAINST_DIVERGENCE = "try a lower -lr/--learning-rate or a longer --warmup (--keep-going goes on all the same)"
 
@@ -98,6 +101,7 @@ class Classifier(LightningModule):
         self.save_hyperparameters()
         options = {"widths": widths, "nonlinearity": nonlinearity, "batch_norm": batch_norm, "stem": stem}
         self.network = build_network(model, shape, num_classes, **options)
+        self.source: str | None = None  # the checkpoint that it was read from to be measured
         self.values: dict[str, float] = {}
         self._tally: dict[str, list[tuple[int, Tensor, Tensor]]] = {"train": [], "test": []}
         self._slow_weights: dict[str, Tensor] = {}
@@ -127,6 +131,7 @@ class Classifier(LightningModule):
             module.load_state_dict(content["state_dict"])
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path} holds another network than it says: {' '.join(str(error).split())}") from None
+        module.source = str(path)
         return module
 
     def refuse_other(self, content: Mapping[str, Any], path: Path) -> None:
@@ -293,6 +298,58 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._slow_weights = checkpoint["slow_weights"]
+
+
+class SavedNetworks(Sequence[Classifier]):
+    """The networks in checkpoints, {path: epoch}, in eval mode; refuses any that is not built like the first.
+
+    Each is read when it is asked for, and the last one kept: `list` of them holds all.
+    """
+
+    def __init__(self, files: Mapping[str, int], shape: Sequence[int], num_classes: int, double: bool = False):
+        self.paths, self.epochs = list(files), list(files.values())
+        self._data = shape, num_classes, double
+        self._trainer: Trainer | None = None
+        self._held: tuple[int, Classifier] | None = None
+        first = self[0]
+        for i in range(1, len(self)):
+            self._refuse_other(first, self[i])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Classifier:
+        if self._held is None or self._held[0] != i:
+            self._held = None  # its memory is the next one's
+            self._held = i, self._read(self.paths[i], self.epochs[i])
+        return self._held[1]
+
+    def on(self, trainer: Trainer) -> "SavedNetworks":
+        """The same, each on the trainer's device and in its number format."""
+        other = copy.copy(self)
+        other._trainer, other._held = trainer, None
+        return other
+
+    def _read(self, path: str, epoch: int) -> Classifier:
+        content = read_checkpoint(path)
+        if content["epoch"] + 1 != epoch:
+            raise UserError(f"{path} was replaced meanwhile: measure a run when it has ended")
+        module = Classifier.from_checkpoint(content, path, *self._data).eval()
+        if self._trainer is None:
+            return module
+        return self._trainer.precision_plugin.convert_module(module.to(self._trainer.strategy.root_device))
+
+    @staticmethod
+    def _refuse_other(first: Classifier, other: Classifier) -> None:
+        differing = [name for name in ALIKE if first.hparams[name] != other.hparams[name]]
+        shapes = [{name: value.shape for name, value in module.state_dict().items()} for module in (first, other)]
+        if not differing and shapes[0] != shapes[1]:
+            differing = ["the shapes of their weights"]
+        if differing:
+            raise UserError(
+                f"{other.source} is no network like {first.source}: they differ in {', '.join(differing)}; measure "
+                "them one by one"
+            )
 
 
 def new_classifier(flags: Mapping[str, Any], data: Data) -> Classifier:

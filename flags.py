@@ -99,7 +99,8 @@ def _add_run(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("-c", "--config", metavar="FILE", help="take flags from a YAML file; a run's own hparams.yaml repeats that run")
     add("--resume", metavar="RUN", help="go on with the run in this folder; `last`: the newest one in --log-dir")
-    add("--measure", metavar="CHECKPOINT", help="measure a saved network instead of training one")
+    add("--measure", nargs="+", metavar="CHECKPOINT",
+        help="measure saved networks instead of training one; a run's folder: every checkpoint that it keeps")
     add("--list-layers", nargs="?", const="measured", choices=("measured", "all"), metavar="all",
         help="print the measured layers with shape and dimension, and stop; `all`: every layer that --layers can name")
     add("--log-dir", metavar="DIR", help="where the runs' folders lie")

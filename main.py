@@ -104,10 +104,10 @@ def train(args: Namespace) -> None:
 
 
 def measure(args: Namespace) -> None:
-    """Measure a saved network and leave the results in a folder of their own."""
+    """Measure saved networks and leave the results, a row for each, in a folder of their own."""
     import utils
-    from classifier import Classifier
-    from run.checkpoints import read_checkpoint
+    from classifier import SavedNetworks
+    from run.checkpoints import checkpoints_in
     from run.console import Console
     from run.presets import flags_of_run
     from run.record import RunRecord
@@ -115,40 +115,51 @@ def measure(args: Namespace) -> None:
     from run.tables import banner
     from run.trainer import new_trainer, use_threads
 
-    content = read_checkpoint(args.measure)
+    files = checkpoints_in(args.measure)
     data = load_data(args)
-    double = args.precision == "64-true"
-    module = Classifier.from_checkpoint(content, args.measure, data.dataset.shape, data.dataset.num_classes, double)
+    networks = SavedNetworks(files, data.dataset.shape, data.dataset.num_classes, args.precision == "64-true")
+    module = networks[0]
     use_threads(vars(args), module.network)
     layers = utils.layers_to_measure(args, module.network, data.dataset.shape)
     trainer = new_trainer(args)
-    about = facts(trainer, module, data, layers) | utils.plans(args, data.dataset) | {"measured": args.measure}
+    about = facts(trainer, module, data, layers) | utils.plans(args, data.dataset)
+    about["measured"] = networks.paths if len(networks) > 1 else networks.paths[0]
     data.refuse_few(trainer.world_size)
 
     us = ranks.assemble(trainer, vars(args))
     console = Console(quiet=args.quiet or not us.is_first)
-    with RunFolder.of(args, us) as folder:
+    with RunFolder.of(args, us) as folder, folder.places(networks.epochs) as places:
         console.say(banner(args, about, folder.path))
-        folder.write_hparams(flags_of_run(args), about)
-        measures, record = utils.measures(args, layers, folder, console), RunRecord(folder)
-        trainer = new_trainer(args, callbacks=[*measures, record])
-        trainer.validate(module, datamodule=data, verbose=False)
-        module.to(trainer.strategy.root_device)
-        for measure in measures:
-            measure.measure_now(trainer, module, epoch=content["epoch"] + 1)
-        record.write_row(trainer, module, epoch=content["epoch"] + 1)
+        folder.write_hparams(flags_of_run(args) | {"loss": module.hparams.loss}, about)
+        record = RunRecord(folder)
+        measures_in = {place: utils.measures(args, layers, place, console) for place in places}
+        for i, (place, epoch) in enumerate(zip(places, networks.epochs, strict=True)):
+            module, measures = networks[i], measures_in[place]
+            if len(networks) > 1:
+                console.say(f"{i + 1} of {len(networks)}: {module.source}, epoch {epoch}")
+            trainer = new_trainer(args, callbacks=[*measures, record])
+            trainer.validate(module, datamodule=data, verbose=False)
+            module.to(trainer.strategy.root_device)
+            for measure in measures:
+                measure.measure_now(trainer, module, epoch)
+            record.write_row(trainer, module, epoch, checkpoint=module.source if len(networks) > 1 else None)
+        if len(networks) > 1:
+            together = [measure.average_now(trainer, networks.on(trainer), folder.arrays) for measure in measures]
+            record.write_average(trainer, {name: value for values in together for name, value in values.items()})
         conclude(args, record, layers, console)
 
 
 def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Console) -> None:
     """Say what came out and where it lies."""
+    from run.record import rise
     from run.sweep import note_results
     from run.tables import closing
 
     folder = record.folder
     if folder.is_ours:
-        console.say(closing(record.table.rows(), layers))
-        if args.plots:
+        rows = [row for row in record.table.rows() if "epoch" in row]
+        console.say(closing(rows[-1:] if args.measure else rows, layers))
+        if args.plots and rise([int(row["epoch"]) for row in rows]):
             draw(folder, "summary", console)
         print(f"results in {folder.path}")
         note_results(folder.path)

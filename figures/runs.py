@@ -114,7 +114,10 @@ class Run:
         self.notes: list[str] = []
         self.ancestors: tuple[Path, ...] = ()
         self.hparams = self._read_hparams()
-        self.metrics = _by_epoch(self._read_csv("metrics.csv"))
+        rows = self._read_csv("metrics.csv")
+        if "checkpoint" in rows and rows["epoch"].dropna().duplicated().any():
+            self.notes.append(f"{self.folder} holds several networks of one epoch: the last of them is drawn.")
+        self.metrics = _by_epoch(rows)
         heads = self._read_csv("dib.csv").reindex(columns=HEAD_COLUMNS)
         self.heads = heads.dropna(subset=["epoch", "layer", "digit", "head_epoch"])
         lr_test = self._read_csv("lr_range_test.csv").reindex(columns=["lr", "loss", "smoothed"])

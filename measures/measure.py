@@ -17,6 +17,7 @@ from measures.passes import Features, untouched
 from run.errors import NotFinite, UserError, is_out_of_memory
 from run.memory import CACHE_SHARE, free_memory
 from run.ranks import Ranks
+from run.record import AVERAGE
 
 if TYPE_CHECKING:
     from typing import Self
@@ -78,6 +79,14 @@ class Measure(Callback):
         """The measure's columns; the module is in eval mode and nothing done to its mode or random state lasts."""
         raise NotImplementedError
 
+    def measure_average(self, trainer: Trainer, modules: Sequence[LightningModule]) -> dict[str, float]:
+        """Columns of a row of its own for several saved networks together; nothing for a measure without such.
+
+        Called once, after `measure` for each. A module is read from its file whenever `modules` is asked for it, in
+        eval mode and on the trainer's device: `list(modules)` holds all at a time.
+        """
+        return {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 0:
             self._measure_if_due(trainer, pl_module, 0)
@@ -101,13 +110,27 @@ class Measure(Callback):
                 raise UserError(f"epoch {epoch}: {error}") from error
             warnings.warn(f"epoch {epoch}: {error} {self.name} is left out.", stacklevel=2)
             values, self.arrays = {}, {}
-        if self.store and self.arrays and trainer.is_global_zero:
-            sets = {"sets": list(self.sets), "seed": pl_module.hparams.get("seed")}
-            self.store.write(epoch, self.name, self.arrays, sets | self.settings)
+        self._keep(trainer, pl_module.hparams.get("seed"), epoch)
         self.values = values | {f"time/{self.name}": time.perf_counter() - start}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch, **values}, step=trainer.global_step)
+
+    def average_now(
+        self, trainer: Trainer, modules: Sequence[LightningModule], store: Arrays | None
+    ) -> dict[str, float]:
+        """What `measure_average` finds, with the time that it took; its arrays go to `store`, as those of `average`."""
+        start = time.perf_counter()
+        self.arrays, self.settings, self.store = {}, {}, store
+        with torch.no_grad():
+            values = self.measure_average(trainer, modules)
+        self._keep(trainer, None, AVERAGE)
+        return values | {f"time/{self.name}": time.perf_counter() - start} if values else {}
+
+    def _keep(self, trainer: Trainer, seed: int | None, epoch: int | str) -> None:
+        """Store the arrays, if there are any."""
+        if self.store and self.arrays and trainer.is_global_zero:
+            self.store.write(epoch, self.name, self.arrays, {"sets": list(self.sets), "seed": seed} | self.settings)
 
     def _measure_within_memory(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """Measure; whenever memory runs out, again with half the batch and half the cache."""

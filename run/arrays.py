@@ -33,15 +33,15 @@ class Arrays:
     def __init__(self, run_folder: Path) -> None:
         self.path = run_folder / "arrays"
 
-    def write(self, epoch: int, measure: str, arrays: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-        """Keep a measure's arrays of this epoch, and with them how they were made."""
+    def write(self, epoch: int | str, measure: str, arrays: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+        """Keep a measure's arrays of this epoch, or of the `average` of networks, and with them how they were made."""
         import torch
 
         content = {name: array.detach().cpu().numpy() for name, array in arrays.items()}
         about = {**settings, "epoch": epoch, "torch": str(torch.__version__), "numpy": np.__version__}
         buffer = io.BytesIO()
         np.savez(buffer, **content, **{SETTINGS: np.array(json.dumps(about))})
-        folder = self.path / f"epoch{epoch:04d}"
+        folder = self.path / (epoch if isinstance(epoch, str) else f"epoch{epoch:04d}")
         try:
             self.path.mkdir(exist_ok=True)  # without its parents: a run's folder that is gone is not made again
             folder.mkdir(exist_ok=True)

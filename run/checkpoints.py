@@ -1,7 +1,10 @@
 """Checkpoints, written whole and read as data alone."""
 
 import io
+import os
 import pickle
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from run.errors import UserError
 from run.files import write_whole
+
+KEPT = re.compile(r"(last|best|epoch\d{4,})\.ckpt")  # beside them may lie the heads of DIB
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -26,6 +31,39 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in parts.items()):
         raise UserError(f"{path} is no checkpoint of this program: it has no {', '.join(parts)}")
     return content
+
+
+def checkpoints_in(names: Sequence[str]) -> dict[str, int]:
+    """{path: epoch after which it was saved} of checkpoints, in the order given.
+
+    A run's folder stands for the checkpoints that it keeps, in the order of their epochs. All are read: a bad one is
+    told here, before anything is done with the others.
+    """
+    found: dict[str, int] = {}
+    for name in names:
+        more = kept_in(name) if os.path.isdir(name) else {name: epoch_of(name)}
+        known = {os.path.realpath(path) for path in found}
+        twice = [path for path in more if os.path.realpath(path) in known]
+        if twice:
+            raise UserError(f"--measure: {twice[0]} comes twice")
+        found |= more
+    return found
+
+
+def kept_in(run: str) -> dict[str, int]:
+    """{path: epoch} of the checkpoints in a run's folder, each epoch once, under the name that says the most."""
+    folder = Path(run) / "checkpoints"
+    paths = [folder / name for name in sorted(os.listdir(folder) if folder.is_dir() else ()) if KEPT.fullmatch(name)]
+    if not paths:
+        raise UserError(f"--measure: {run} is no run's folder with checkpoints: none lies in {folder}")
+    by_name = sorted(paths, key=lambda path: ("last.ckpt", "best.ckpt", path.name).index(path.name))
+    of_epoch = {epoch_of(path): str(path) for path in by_name}  # of an epoch, epoch0003.ckpt comes last and counts
+    return {path: epoch for epoch, path in sorted(of_epoch.items())}
+
+
+def epoch_of(path: str | Path) -> int:
+    """After how many epochs a checkpoint was saved."""
+    return read_checkpoint(path)["epoch"] + 1
 
 
 def save_whole(path: Path, content: Any) -> None:

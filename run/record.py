@@ -6,9 +6,11 @@ it again.
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from run.files import same_file, write_whole
 if TYPE_CHECKING:
     from run.run_folder import RunFolder
 
+AVERAGE = "average"  # of several networks: what stands in the column `checkpoint`, and the folder of its arrays
 FIRST_COLUMNS = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc", "lr")
 
 
@@ -66,8 +69,19 @@ class RunRecord(Checkpoint):
             for name in names[-2::-1]:  # last.ckpt at the end: what a resumed run relies on is then all there
                 same_file(folder / names[-1], folder / name)
 
-    def write_row(self, trainer: Trainer, pl_module: LightningModule, epoch: int, seconds: float = 0.0) -> None:
+    def write_row(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        epoch: int,
+        seconds: float = 0.0,
+        *,
+        checkpoint: str | None = None,
+    ) -> None:
+        """Write what the module and the callbacks found; of several measured networks, which `checkpoint` it is."""
         row = {"epoch": epoch}
+        if checkpoint is not None:
+            row["checkpoint"] = re.sub(r'[",\r\n]', "_", checkpoint)  # a cell is never quoted
         for source in (pl_module, *trainer.callbacks):
             row |= getattr(source, "values", {})
         times = {name: row.pop(name) for name in list(row) if name.startswith("time/")}
@@ -76,11 +90,21 @@ class RunRecord(Checkpoint):
         if trainer.is_global_zero:
             self.table.add(row | times)
 
+    def write_average(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """A row without an epoch for what was found of all networks together, if anything was."""
+        if values and trainer.is_global_zero:
+            self.table.add({"checkpoint": AVERAGE, **values})
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+def rise(epochs: Sequence[int]) -> bool:
+    """Whether each epoch is later than the one before, as in a run."""
+    return all(before < after for before, after in itertools.pairwise(epochs))
 
 
 class EpochTable:

@@ -6,7 +6,8 @@ Every file is written beside its place and renamed into it: a reader finds the o
 import fcntl
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from run.errors import Interrupted, UserError, WrongFlag
 from run.files import remove_leftovers, write_whole
 from run.provenance import provenance
 from run.ranks import ALONE, LOST, Ranks, is_lost_rank
-from run.record import EpochTable
+from run.record import EpochTable, rise
 
 
 class RunFolder:
@@ -135,6 +136,25 @@ class RunFolder:
     def table(self, name: str, first_columns: Iterable[str]) -> "EpochTable":
         """A CSV file of this run; of a resumed one, up to its checkpoint's epoch."""
         return EpochTable(self.path / name, first_columns, keep_to=self.epoch)
+
+    @contextmanager
+    def places(self, epochs: Sequence[int]) -> Iterator[list["RunFolder"]]:
+        """Where the files of networks of these epochs lie: all here, or, where epochs do not rise, each in its own.
+
+        Files are named by their epoch: those of two networks would take each other's place.
+        """
+        if rise(epochs):
+            yield [self] * len(epochs)
+            return
+        paths = [self.path / f"checkpoint{i:04d}" for i in range(len(epochs))]
+        for path in paths:
+            if self.is_ours:
+                path.mkdir()
+        yield [RunFolder(path, is_ours=self.is_ours) for path in paths]
+        for path in paths:
+            if self.is_ours:
+                with suppress(OSError):  # there are files in it
+                    path.rmdir()
 
     def write_hparams(self, flags: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """`hparams.yaml`: the flags, and under `provenance` what is no flag; a resumed run remembers when it was."""

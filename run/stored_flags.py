@@ -1,5 +1,6 @@
 """Flags that lie in files: a config file, or the `hparams.yaml` of a run to resume or to measure."""
 
+import os
 import reprlib
 from pathlib import Path
 
@@ -21,10 +22,32 @@ def stored_flags(parser: Parser, given: dict) -> dict:
     if "config" in given:
         return _read_config(parser, Path(given["config"]), "-c/--config")
     if "measure" in given:
-        neighbour = Path(given["measure"]).parent.parent / "hparams.yaml"
-        stored = _read_config(parser, neighbour, "--measure") if neighbour.is_file() else {}
+        stored = _flags_of_measured(parser, given)
         return {flag: value for flag, value in stored.items() if flag != "name"}  # that folder is the run's own
     return {}
+
+
+def _flags_of_measured(parser: Parser, given: dict) -> dict:
+    """The flags of the run that the first checkpoint to measure belongs to, if it lies in one's folder.
+
+    Refuses runs on other data than that one, unless the command line says which data to take.
+    """
+    folders = [Path(name) if os.path.isdir(name) else Path(name).parent.parent for name in given["measure"]]
+    files = {folder: folder / "hparams.yaml" for folder in folders}
+    stored = {
+        folder: _read_config(parser, path, "--measure") if os.path.isfile(path) else {}
+        for folder, path in files.items()
+    }
+    first, *others = stored
+    for other in others:
+        for name in ("dataset", "limit"):
+            here, there = ((DEFAULTS | stored[folder])[name] for folder in (first, other))
+            if stored[other] and name not in given and here != there:
+                parser.error(
+                    f"argument --measure: the run in {first} has --{name} {here}, that in {other} --{name} {there}: "
+                    f"say on which data to measure with --{name}"
+                )
+    return stored[first]
 
 
 def _run_to_resume(parser: Parser, given: dict) -> Path:
