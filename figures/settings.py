@@ -147,6 +147,8 @@ def compare(runs: Run | Sequence[Run]) -> Comparison:
 def _flags(run: Run) -> dict[str, str]:
     """Each flag of a run in words; a run whose flags are unknown equals no other."""
     known = {str(flag): value for flag, value in run.hparams.items() if flag not in BOOKKEEPING}
+    if known:
+        known.setdefault("loss", "cross-entropy")  # a run from before there was another
     if run.hparams.get("lr_range_test"):
         known["learning_rate"] = "from range test"  # which chooses another one for every seed
     return {flag: _in_words(flag, value) for flag, value in known.items()} or {"folder": str(run.folder)}

@@ -5,6 +5,7 @@ import pytest
 from made_runs import legend_labels, lines, load, make_run, read
 
 import plots
+from figures.settings import compare
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -26,6 +27,11 @@ def test_the_axis_names_the_loss_that_the_runs_share(tmp_path):
     folders = [make_run(tmp_path / f"version_{i}", loss=loss) for i, loss in enumerate(("mse", "cross-entropy"))]
     one, both = (plots.training_curves(load(*some)).axes[0] for some in (folders[:1], folders))
     assert (one.get_ylabel(), both.get_ylabel()) == ("half the squared error", "loss")
+
+
+def test_a_run_from_before_there_was_another_loss_is_of_one_setting_with_those_since(tmp_path):
+    folders = make_run(tmp_path / "before"), make_run(tmp_path / "since", seed=1, loss="cross-entropy")
+    assert compare(load(*folders)).num_settings == 1
 
 
 @pytest.mark.parametrize(
