@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from measures.derivatives import View
+from classifier import loss_of
+from measures.derivatives import Loss, View
 from measures.layers import example_of
 from measures.measure import Measure
-from measures.quantities import Hessian, Quantity, Rows, Vector, Wanted, quantity
+from measures.quantities import Hessian, Quantity, Rows, Vector, Wanted, average, quantity
 from measures.rank import Fold
 from measures.samples import Chosen, labels_in, stratified
 from run.errors import UserError, WrongFlag
@@ -147,6 +148,22 @@ class Look(Measure):
             values |= self._share(expression, found, by_expression)
         return values
 
+    def measure_average(self, trainer: Trainer, modules: Sequence[LightningModule]) -> dict[str, float]:
+        """The figures of the quantities' averages over several networks."""
+        [split] = self.sets
+        views = [self.view_and_groups(trainer, module, split)[0] for module in modules]
+        by_expression, values = {}, {}
+        self.arrays = {}
+        for expression in expanded(self.expressions, views[0], self.layers or ()):
+            found = average([self._quantity(view, expression) for view in views])
+            figures, arrays = found.found(self.wanted)
+            by_expression[expression] = found
+            self.arrays |= {f"{expression.column}/{name}": array for name, array in arrays.items()}
+            values |= {f"look/{expression.column}/{name}": value for name, value in figures.items()}
+        for expression, found in by_expression.items():
+            values |= self._share(expression, found, by_expression)
+        return values
+
     def view_and_groups(
         self, trainer: Trainer, pl_module: LightningModule, split: str
     ) -> tuple[View, dict[str, dict[str, Tensor]]]:
@@ -158,7 +175,7 @@ class Look(Measure):
         x = torch.cat([x for _, x in Chosen(batches, index)])
         network = self._precise(pl_module.network)
         view = View(network, x, labels[index], chunk=self._chunk(), keeps_graphs=self._parts == 1,
-                    ranks=Ranks.of(trainer), **loss_of(pl_module))  # fmt: skip
+                    ranks=Ranks.of(trainer), loss=loss_of_training(pl_module))  # fmt: skip
         return view, {kind: self._groups(kind, trainer, labels[index], index, split) for kind in self.by}
 
     def _chunk(self) -> int | None:
@@ -251,10 +268,13 @@ class Look(Measure):
         return figures
 
 
-def loss_of(pl_module: LightningModule) -> dict[str, Any]:
-    """The loss that the network trains with, of each sample, as an option of `View`; else the cross-entropy."""
-    loss = getattr(pl_module, "sample_loss", None)
-    return {"loss": loss} if loss else {}
+def loss_of_training(pl_module: LightningModule) -> Loss:
+    """The loss that the network trains with, of each sample, without label smoothing."""
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        return loss_of(logits, y, pl_module.hparams, reduction="none")
+
+    return loss
 
 
 def expanded(texts: Sequence[str], view: View, layers: Collection[str]) -> list[Expression]:

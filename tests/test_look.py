@@ -23,7 +23,8 @@ from run.arrays import read
 from utils import look
 
 RUN = Path("lightning_logs")
-LINE = ["-e", "2", "--limit", "300", "--no-dib", "--no-nc", "--no-plots", "--quiet", "--look-samples", "90"]
+LINE = ["-e", "2", "--limit", "300", "--no-dib", "--no-nc", "--no-plots", "--quiet"]
+SOME = ["--look-samples", "90"]
 
 
 def rows(name):
@@ -36,15 +37,8 @@ def test_docstrings(of):
 
 
 def test_a_run_logs_what_look_says_of_its_checkpoint(in_an_empty_folder):
-    asked = [
-        "loss",
-        "hessian",
-        "gradients",
-        "parameters",
-        "jacobian",
-        "f(hidden2)",
-        "hess(loss, theta(hidden1), theta)",
-    ]
+    block = "hess(loss, theta(hidden1), theta)"
+    asked = ["loss", "hessian", "gradients", "parameters", "jacobian", "f(hidden2)", block]
     argv = [*LINE, "--name", "run", "--look", *asked, "--look-samples", "0", "--look-tail", "--look-arrays"]
     status, told = finish(argv, Path.cwd())
     assert status == 0, told
@@ -94,7 +88,7 @@ def test_steps_of_the_path_are_distances_of_parameters(in_an_empty_folder):
 
 def test_groups_recombine_and_are_compared(in_an_empty_folder):
     argv = [*LINE, "-e", "1", "--look", "loss", "grad(loss, theta)", "hess(loss, theta(output))", "--name", "run",
-            "--look-by", "class", "batch", "-b", "40", "--look-arrays", "--measure-at", "0"]  # fmt: skip
+            "--look-by", "class", "batch", "-b", "40", "--look-arrays", "--measure-at", "0", *SOME]  # fmt: skip
     status, told = finish(argv, Path.cwd())
     assert status == 0, told
     row, (arrays, settings) = rows("run")[0], read(RUN / "run/arrays/epoch0000/look.npz")
@@ -168,6 +162,37 @@ def test_a_checkpoint_measured_again_gives_the_runs_figures(in_an_empty_folder):
     assert columns and [again[name] for name in columns] == [row[name] for name in columns]
 
 
+def test_the_average_of_several_networks_is_that_of_their_matrices(in_an_empty_folder):
+    for seed in "01":
+        argv = [*LINE, "-e", "1", "--seed", seed, "--name", seed]
+        assert finish(argv, Path.cwd())[0] == 0
+    asked = ["hess(loss, theta(output))", "grad(loss, theta)", "f(hidden5)"]
+    argv = ["--measure", *(f"lightning_logs/{seed}/checkpoints/last.ckpt" for seed in "01"), "--look", *asked,
+            "--look-samples", "0", "--name", "both", "--quiet", "--no-plots", "--no-dib", "--no-nc"]  # fmt: skip
+    status, told = finish(argv, Path.cwd())
+    assert status == 0, told
+    train = datasets.load("SZT", limit=300).train
+    data = 2 * train.inputs.float() - 1, train.labels.long()
+    networks = [Classifier.load_from_checkpoint(RUN / seed / "checkpoints/last.ckpt").network for seed in "01"]
+    *each, mean = rows("both")
+    assert mean["checkpoint"] == "average" and len(each) == 2
+    name = "look/hess-loss-theta-output/eig1"
+    matrices = [look(network, *data, asked[0]).matrix() for network in networks]
+    for row, matrix in zip([*each, mean], [*matrices, sum(matrices) / 2], strict=True):
+        assert float(row[name]) == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-4)
+    gradients = [look(network, *data, asked[1]).values for network in networks]
+    norm = float(sum(gradients).norm() / 2)
+    assert float(mean["look/grad-loss-theta/norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_loss_is_the_one_of_training(in_an_empty_folder):
+    argv = [*LINE, "-e", "1", "--loss", "mse", "--look", "loss", "hess(loss, f(output))", "--look-samples", "0"]
+    assert finish([*argv, "--look-set", "test", "--name", "run"], Path.cwd())[0] == 0
+    row = rows("run")[-1]
+    assert float(row["look/loss/loss"]) == pytest.approx(float(row["test_loss"]), rel=1e-5)
+    assert [float(row[f"look/hess-loss-f-output/eig{i}"]) for i in (1, 2)] == pytest.approx([1, 1])  # ½‖f - y‖²
+
+
 def test_figures_are_those_of_one_device_on_two(in_an_empty_folder):
     asked = ["hessian", "grad(loss, theta)", "jacobian", "grad(f(output), theta(output))", "f(hidden1)"]
     asked += ["hess(loss, f(hidden5))"]
@@ -216,14 +241,23 @@ def test_a_compiled_network_is_looked_at_as_it_was_written(in_an_empty_folder):
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_before_anything_is_written(argv, status, words, in_an_empty_folder):
-    line = LINE if "--look" in argv else LINE[:-2]
-    found, told = finish([*line, *argv], Path.cwd())
+    found, told = finish([*LINE, *argv], Path.cwd())
     assert found == status and words in told and "Traceback" not in told
     assert status == 1 or not RUN.exists()
 
 
 def test_parts_of_a_matrix_are_kept(in_an_empty_folder):
-    argv = [*LINE, "--look", "f(hidden1)", "theta(hidden1.linear.weight)", "--look-parts", "pca:2", "--measure-at", "0"]
+    argv = [
+        *LINE,
+        "--look",
+        "f(hidden1)",
+        "theta(hidden1.linear.weight)",
+        "--look-parts",
+        "pca:2",
+        "--measure-at",
+        "0",
+        *SOME,
+    ]
     assert finish([*argv, "--name", "run"], Path.cwd())[0] == 0
     arrays, _ = read(RUN / "run/arrays/epoch0000/look.npz")
     assert arrays["f-hidden1/pca_components"].shape == (2, 10) and arrays["f-hidden1/pca_scores"].shape == (90, 2)
