@@ -124,6 +124,18 @@ class Look(Measure):
             if other != expression:
                 raise WrongFlag(f"argument --look: {other} and {expression} have one name: {expression.column}")
 
+    def line(self) -> str:
+        """`hess-loss-theta: 13.65 12.89 11.58, trace 129.9 ± 5.3`, of every Hessian."""
+        lines = []
+        for column in (name.removesuffix("/eig1") for name in self.values if name.endswith("/eig1")):
+            if column.count("/") == 1:  # of all samples, not of a group
+                top = [self.values[f"{column}/eig{i}"] for i in range(1, 4) if f"{column}/eig{i}" in self.values]
+                trace, error = (self.values[f"{column}/{name}"] for name in ("trace", "trace_error"))
+                sure = f" ± {error:.2g}" if error > 0 else ""
+                shown = " ".join(f"{value:.4g}" for value in top)
+                lines.append(f"{column.removeprefix('look/')}: {shown}, trace {trace:.4g}{sure}")
+        return "\n".join(lines)
+
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The figures of all expressions, of all samples and of their groups."""
         [split] = self.sets

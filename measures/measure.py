@@ -75,6 +75,10 @@ class Measure(Callback):
     def refuse_layers(args: Namespace, layers: Collection[str], network: nn.Module, shape: Sequence[int]) -> None:
         """Refuse, before a run begins, layers at which this cannot be measured."""
 
+    def line(self) -> str:
+        """What the terminal shows below the line of an epoch that was measured; by default nothing."""
+        return ""
+
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The measure's columns; the module is in eval mode and nothing done to its mode or random state lasts."""
         raise NotImplementedError

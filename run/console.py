@@ -42,6 +42,7 @@ class Console(Callback):
         steps = int(trainer.estimated_stepping_batches)
         hidden = self._without_bar() or not trainer.is_global_zero
         self._bar = tqdm(total=steps, initial=trainer.global_step, unit=" steps", leave=False, disable=hidden)
+        self._say_lines(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
@@ -52,6 +53,13 @@ class Console(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self.say(epoch_line(trainer.current_epoch + 1, trainer.max_epochs, pl_module.values))
+        self._say_lines(trainer)
+
+    def _say_lines(self, trainer: Trainer) -> None:
+        """What measures of this epoch have to say."""
+        for callback in trainer.callbacks if trainer.is_global_zero else ():
+            if getattr(callback, "values", None) and (text := getattr(callback, "line", str)()):
+                self.say(text)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._bar is not None:
