@@ -159,8 +159,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert [row[0] for row in rows[1:]] == [str(epoch) for epoch in range(len(rows) - 1)]
     if (whole / "dib.csv").exists():
         assert (run / "dib.csv").read_bytes() == (whole / "dib.csv").read_bytes()
-    kept = {path.relative_to(whole): path.read_bytes() for path in whole.glob("arrays/*/*")}
-    assert {path.relative_to(run): path.read_bytes() for path in run.glob("arrays/*/*")} == kept
+    assert arrays_of(run) == arrays_of(whole)
     names = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
     for name in names:
@@ -169,6 +168,11 @@ def assert_same_run(run: Path, whole: Path) -> None:
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected), name
     assert leftovers(run) == []
+
+
+def arrays_of(run: Path) -> dict[Path, bytes]:
+    """All files under `arrays/`, saved activations too, by their path in it."""
+    return {path.relative_to(run): path.read_bytes() for path in run.glob("arrays/**/*") if path.is_file()}
 
 
 def tensors(state: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:

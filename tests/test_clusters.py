@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, Run, assert_same_run, finish, signal_at
+from processes import ROOT, Run, arrays_of, assert_same_run, finish, signal_at
 from two_ranks import on_two_ranks
 
 import datasets
@@ -289,6 +289,19 @@ def test_a_killed_run_ends_with_the_clusters_of_an_uninterrupted_one(in_an_empty
     meddle = partial(signal_at, "run.files:os.replace", 8, signal.SIGKILL)
     status, _ = Run([*line, "--name", "cut"], here, meddle=meddle).end()
     assert status == -signal.SIGKILL
+    assert finish(["--resume", "lightning_logs/cut"], here)[0] == 0
+    assert_same_run(here / RUN / "cut", here / RUN / "whole")
+
+
+def test_a_killed_run_ends_with_the_activations_of_an_uninterrupted_one(in_an_empty_folder):
+    here, line = Path.cwd(), [*LINE, "--save-activations", "--layers", "hidden1"]
+    assert finish([*line, "--name", "whole"], here)[0] == 0
+    saved = {str(path) for path in arrays_of(RUN / "whole") if "activations" in path.parts}
+    assert saved == {f"arrays/epoch{epoch:04d}/activations/test/hidden1.npz" for epoch in range(3)}
+    # between the activations of an epoch and its other arrays
+    meddle = partial(signal_at, "measures.saved:Saved.write", 3, signal.SIGKILL, after=True)
+    status, _ = Run([*line, "--name", "cut"], here, meddle=meddle).end()
+    assert status == -signal.SIGKILL and not (RUN / "cut/arrays/epoch0002/clusters.npz").exists()
     assert finish(["--resume", "lightning_logs/cut"], here)[0] == 0
     assert_same_run(here / RUN / "cut", here / RUN / "whole")
 
