@@ -20,7 +20,7 @@ MAX_SETTINGS = 60  # whose pages a program can show and whose lines an eye can f
 BOOKKEEPING = {
     *("log_dir", "name", "seed", "resume", "resumed_from", "config", "provenance", "data_dir", "lr_range_test"),
     *("accelerator", "devices", "num_nodes", "strategy", "compile", "cache_gb"),
-    *("keep_going", "save_every", "dib_save", "plots", "quiet"),
+    *("keep_going", "save_every", "dib_save", "plots", "quiet", "tsne", "save_activations", "activations_format"),
 }
 
 

@@ -41,6 +41,12 @@ def test_seeds_whose_range_tests_chose_other_rates_are_one_setting(tmp_path):
     assert len(compare(load(tmp_path)).settings) == 1
 
 
+def test_runs_of_which_one_also_keeps_activations_or_maps_are_one_setting(tmp_path):
+    make_run(tmp_path / "version_0", seed=0, tsne=False, save_activations=False, activations_format="npz")
+    make_run(tmp_path / "version_1", seed=1, tsne=True, save_activations=True, activations_format="mat")
+    assert len(compare(load(tmp_path)).settings) == 1
+
+
 def test_settings_are_labelled_by_the_flags_that_differ(tmp_path):
     for i, (nonlinearity, batch_norm) in enumerate(itertools.product(("tanh", "relu"), (True, False))):
         make_run(tmp_path / f"version_{i}", nonlinearity=nonlinearity, batch_norm=batch_norm, widths=[8, 4])
