@@ -156,14 +156,18 @@ def limits_of_most(lows: Sequence[float], highs: Sequence[float]) -> tuple[float
 
 def epoch_axis(ax: Axes, epochs: Sequence[int]) -> None:
     """Epochs at even steps of the logarithm get an axis on which these are even."""
+    from matplotlib.ticker import MaxNLocator
+
     ax.set_xlabel(EPOCH_LABEL)
+    beside = [line for other in ax.get_shared_x_axes().get_siblings(ax) for line in other.get_lines()]
+    epochs = sorted({*epochs, *(epoch for line in beside for epoch in line.get_xdata())})  # one axis of all panels
     if len(epochs) == 1:
         ax.set_xticks(epochs)
-    elif len(epochs) > 4 and sorted(epochs)[len(epochs) // 2] < max(epochs) / 4:
+    elif len(epochs) > 4 and epochs[len(epochs) // 2] < max(epochs) / 4:
         ax.set_xscale("symlog", linthresh=1)
         ax.xaxis.set_major_formatter("{x:.0f}")
     else:
-        ax.locator_params(axis="x", integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
 
 
 def depth_axis(ax: Axes, layers: Sequence[str]) -> None:

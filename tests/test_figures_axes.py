@@ -12,9 +12,10 @@ from made_runs import (
     load,
     read,
 )
+from matplotlib.figure import Figure
 
 import plots
-from figures.axes import limits_of_most, log_ticks, short
+from figures.axes import epoch_axis, limits_of_most, log_ticks, short
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -80,3 +81,13 @@ def test_values_that_no_axis_can_show_are_left_out(run_folder):
         figure(load(run_folder)).canvas.draw()
     line = lines(plots.nc1_over_epochs(load(run_folder)).axes[1])["avgpool"]
     assert list(line.get_ydata()) == pytest.approx([2.0])
+
+
+def test_a_panel_of_one_epoch_leaves_the_axis_to_those_that_share_it():
+    """Purity is not defined before training where there are no clusters: of one epoch a single value is left."""
+    panels = Figure().subplots(3, sharex=True)
+    for ax, epochs in zip(panels, ([0, 1], [1], [0, 1]), strict=True):
+        ax.plot(epochs, epochs)
+        epoch_axis(ax, epochs)
+    for ax in panels:
+        assert {0, 1} <= {*ax.get_xticks()} and all(tick % 1 == 0 for tick in ax.get_xticks())
