@@ -38,6 +38,7 @@ from figures.range_test import lr_range_test
 from figures.rank import rank_over_depth, rank_over_epochs
 from figures.runs import Run, load
 from figures.settings import compare
+from figures.similarity import cka_between_epochs, cka_between_runs
 from figures.summary import summary
 from figures.training import training_curves
 from run import command
@@ -49,10 +50,11 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "alignment_of_classes", "cka_of_layers", "clusters_over_epochs", "directions_over_epochs", "figures", "head_losses",
-    "heat_map", "load", "lr_range_test", "main", "measure_over_epochs", "minimality_over_epochs",
-    "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "rank_over_depth", "rank_over_epochs",
-    "singular_values", "sufficiency_minimality", "summary", "training_curves", "tsne_maps", "write",
+    "alignment_of_classes", "cka_between_epochs", "cka_between_runs", "cka_of_layers", "clusters_over_epochs",
+    "directions_over_epochs", "figures", "head_losses", "heat_map", "load", "lr_range_test", "main",
+    "measure_over_epochs", "minimality_over_epochs", "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs",
+    "rank_over_depth", "rank_over_epochs", "singular_values", "sufficiency_minimality", "summary", "training_curves",
+    "tsne_maps", "write",
 ]  # fmt: skip
 
 

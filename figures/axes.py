@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EPOCH_LABEL = "epoch (0: before training)"
 MAX_NAMES = 24  # layer names that a legend or an axis holds
+MAX_WRITTEN = 36  # values of a matrix that have room for their digits
 MAX_MARKED = 30  # points of a line that are marked; more would blur dashes
 OUTSIDE = 0.05  # share of the epochs, or one, that an axis may leave outside where they would stretch it threefold
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -175,6 +176,26 @@ def depth_axis(ax: Axes, layers: Sequence[str]) -> None:
     crowded = {"rotation": 90, "fontsize": 7} if sum(map(len, layers)) > 25 else {}
     ax.set_xticks([depth for depth, _ in ticks], [plain(layer) for _, layer in ticks], **crowded)
     ax.set_xlabel("layer, in network order")
+
+
+def matrix(ax: Axes, values: np.ndarray, rows: Sequence = (), columns: Sequence | None = None) -> object:
+    """Values from 0 to 1 as squares, the first row on top, grey where undefined; by default columns as rows.
+
+    Rows and columns without names are counted from 0. Few values are written into their squares.
+    """
+    mesh = ax.pcolormesh(values, vmin=0, vmax=1, cmap="cividis")
+    columns = rows if columns is None else columns
+    for axis, names, num in ((ax.yaxis, rows, len(values)), (ax.xaxis, columns, len(values.T))):
+        ticks = thin(list(enumerate(names or range(num))), MAX_NAMES if names else 10)
+        axis.set_ticks([i + 0.5 for i, _ in ticks], [plain(str(name)) for _, name in ticks])
+    ax.tick_params(axis="x", labelrotation=90 if any(isinstance(name, str) for name in columns) else 0)
+    ax.set(aspect="equal", facecolor="0.85")
+    ax.grid(False)
+    ax.invert_yaxis()
+    for (i, j), value in np.ndenumerate(values) if values.size <= MAX_WRITTEN else ():
+        color = "white" if value < 0.5 else "black"  # of the map's ends, dark and light
+        ax.text(j + 0.5, i + 0.5, short(round(value, 2)), ha="center", va="center", color=color, fontsize=7)
+    return mesh
 
 
 def thin(items: list, limit: int) -> list:

@@ -45,6 +45,12 @@ def over_epochs(ax: Axes, setting: Setting, measure: str) -> None:
         log_if_wide(ax)
 
 
+def share_over_epochs(ax: Axes, setting: Setting, measure: str) -> None:
+    """As other measures, on an axis from 0 to 1: what is near 1 must not look like a course of its own."""
+    over_epochs(ax, setting, measure)
+    ax.set_ylim(min(-0.03, ax.get_ylim()[0]), 1.03)
+
+
 def over_depth(ax: Axes, setting: Setting, measure: str, epochs: Sequence[int] | None = None, num: int = 5) -> None:
     """A line per epoch: those asked for, else `num`, denser at the start."""
     band = band_of(setting, measure)

@@ -120,6 +120,12 @@ class Comparison:
         ]
         return " · ".join(filter(None, parts))
 
+    def heading_of(self, setting: Setting, what: str) -> str:
+        """The same of a figure that shows one setting alone."""
+        if self.num_settings == 1:
+            return self.heading(what, sums_up=False)
+        return f"{what} · {setting.title}, the first of {self.num_settings} settings that has it"
+
     def name(self, setting: Setting) -> str:
         """What tells a setting from the others; nothing if there are no others."""
         return setting.title if self.num_settings > 1 else ""

@@ -48,6 +48,14 @@ def shades(name: str, num: int) -> list[tuple]:
     return [matplotlib.colormaps[name](position) for position in np.linspace(0, lightest, num)[::-1]]
 
 
+def kind_color(kind: int) -> tuple:
+    """A color per class or cluster, twenty of them in turn; grey for what is in no cluster."""
+    import matplotlib
+
+    order = (kind % 20) * 2 % 20 + kind % 20 // 10  # the ten strong ones first
+    return (0.75, 0.75, 0.75, 1.0) if kind < 0 else matplotlib.colormaps["tab20"](order)
+
+
 def setting_styles(settings: Sequence[Setting]) -> list[dict[str, object]]:
     """Color and dashes per setting, no two alike.
 

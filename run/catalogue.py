@@ -204,6 +204,8 @@ MEASURES = (
             "figures.clusters:singular_values",
             "figures.clusters:alignment_of_classes",
             "figures.clusters:cka_of_layers",
+            "figures.similarity:cka_between_epochs",
+            "figures.similarity:cka_between_runs",
             "figures.clusters:tsne_maps",
         ),
     ),

@@ -28,8 +28,17 @@ FIGURES = (
     plots.rank_over_epochs,
     plots.rank_over_depth,
     plots.nc1_against_minimality,
+    plots.clusters_over_epochs,
+    plots.directions_over_epochs,
+    plots.singular_values,
+    plots.alignment_of_classes,
+    plots.cka_of_layers,
+    plots.cka_between_epochs,
+    plots.cka_between_runs,
+    plots.tsne_maps,
     plots.lr_range_test,
 )
+SAMPLES = 60  # in which clusters are looked for
 
 
 def make_run(
@@ -42,6 +51,7 @@ def make_run(
     measures=("nc1", "dib", "rank"),
     num_head_epochs=6,
     lr_test=False,
+    cluster_set="test",
     **flags,
 ):
     """A run's folder as `main.py` leaves it, with numbers that look like those of a real run."""
@@ -59,12 +69,17 @@ def make_run(
                 row |= _measures(layer, depth, progress, measures, noise)
                 if "dib" in measures:
                     heads += _head_rows(epoch, layer, row[f"dib/loss/{layer}"], num_head_epochs)
+                if "clusters" in measures:
+                    row |= _clusters(epoch, layer, cluster_set, noise)
             if "dib" in measures:
                 row |= {f"dib/sufficiency/{split}": 2.3 - row[f"{split}_loss"] for split in ("train", "test")}
         rows.append(row)
     write_csv(folder / "metrics.csv", rows)
     if heads:
         write_csv(folder / "dib.csv", heads)
+    if "clusters" in measures:
+        for epoch in {min(measured), max(measured)}:
+            _keep_clusters(folder, epoch, layers, cluster_set, seed)
     if lr_test:
         write_csv(folder / "lr_range_test.csv", _lr_test_rows(noise))
     provenance = {
@@ -105,6 +120,41 @@ def _measures(layer, depth, progress, measures, noise):
         row[f"dib/loss/{layer}"] = DIGIT_ENTROPY - minimality
         row[f"dib/minimality/{layer}"] = minimality
     return row
+
+
+def _clusters(epoch, layer, split, noise):
+    names = ("directions", "coverage", "purity", "purity_all", "homogeneity", "ami", "alignment", "num_clusters")
+    row = {f"clusters/{name}/{split}/{layer}": noise.random() for name in names}
+    row |= {f"clusters/directions/{split}/{layer}": 8, f"clusters/energy/{split}/{layer}": 0.91}
+    row |= {f"clusters/purity/{split}/{layer}": "" if epoch == 0 else 0.9}  # before training there are no clusters
+    return row | ({} if layer == "avgpool" else {f"cka/{split}/{layer}": noise.random()})
+
+
+def _keep_clusters(folder, epoch, layers, split, seed):
+    """The arrays of an epoch; runs of all seeds look at the same samples."""
+    import torch
+
+    from run.arrays import Arrays
+
+    labels = np.random.default_rng(0).integers(0, CLASSES, SAMPLES)
+    noise = np.random.default_rng((seed, epoch))
+    predictions = np.where(np.arange(SAMPLES) % 4, labels, CLASSES)
+    kept = {
+        f"cka/{split}": noise.random((len(layers), len(layers))),
+        f"index/{split}": 2 * np.arange(SAMPLES),
+        f"labels/{split}": labels,
+        f"mapped/{split}": np.arange(0, SAMPLES, 3),
+        f"predictions/{split}": predictions,
+    }
+    for i, layer in enumerate(layers):
+        k = 8 + i % 3 + seed
+        kept[f"scores/{split}/{layer}"] = (np.eye(CLASSES, k)[labels] + noise.normal(size=(SAMPLES, k))).astype("f4")
+        kept[f"singular_values/{split}/{layer}"] = np.arange(1.0, k + 1) ** -(1 + epoch)
+        kept[f"map/{split}/{layer}"] = noise.random((SAMPLES // 3, 2))
+        kept[f"clusters/{split}/{layer}"] = noise.integers(-1, 4, SAMPLES)
+        kept[f"alignment/{split}/{layer}"] = noise.random((CLASSES, CLASSES))
+    Arrays(folder).write(epoch, "clusters", {name: torch.from_numpy(array) for name, array in kept.items()},
+                         {"layers": layers})  # fmt: skip
 
 
 def _head_rows(epoch, layer, final, num_head_epochs):

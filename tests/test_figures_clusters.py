@@ -1,11 +1,9 @@
 """Clusters over epochs, and the matrices and singular values that runs keep."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
-from made_runs import lines, load, make_run, read, sentence, write_csv
+from made_runs import lines, load, make_run, read, sentence
 
 import plots
 from run.arrays import Arrays
@@ -13,34 +11,12 @@ from run.arrays import Arrays
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
-LAYERS = ("layer1.0", "layer1.1", "avgpool")
 FIGURES = ("coverage", "purity", "purity_all", "homogeneity", "ami", "directions", "alignment")
 
 
 def with_clusters(folder, seed=0, split="test", **options):
     """A made run with columns of clusters, and arrays at the first and the last epoch."""
-    make_run(folder, seed=seed, measures=(), **options)
-    noise = np.random.default_rng(seed)
-    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    for row in rows:
-        for i, layer in enumerate(LAYERS):
-            row |= {f"clusters/{name}/{split}/{layer}": noise.random() for name in FIGURES}
-            row |= {f"clusters/purity/{split}/{layer}": "" if row["epoch"] == "0" else 0.9}
-            if i < 2:
-                row[f"cka/{split}/{layer}"] = noise.random()
-    write_csv(folder / "metrics.csv", rows)
-    for epoch in (0, 5):
-        kept = {f"cka/{split}": torch.from_numpy(noise.random((3, 3)))}
-        kept[f"mapped/{split}"] = torch.arange(0, 60, 3)
-        kept[f"labels/{split}"] = torch.from_numpy(noise.integers(0, 10, 60))
-        kept[f"predictions/{split}"] = torch.where(torch.arange(60) % 4 > 0, kept[f"labels/{split}"], 10)
-        for i, layer in enumerate(LAYERS):
-            kept[f"singular_values/{split}/{layer}"] = torch.arange(1, 9 + i + seed).double() ** -(1 + epoch)
-            kept[f"map/{split}/{layer}"] = torch.from_numpy(noise.random((20, 2)))
-            kept[f"clusters/{split}/{layer}"] = torch.from_numpy(noise.integers(-1, 4, 60))
-            kept[f"alignment/{split}/{layer}"] = torch.from_numpy(noise.random((10, 10)))
-        Arrays(folder).write(epoch, "clusters", kept, {"layers": LAYERS})
-    return folder
+    return make_run(folder, seed=seed, measures=("clusters",), cluster_set=split, **options)
 
 
 def matrices(figure):

@@ -13,7 +13,7 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from made_runs import FIGURES, make_run
 
-MEASURES = ("nc1", "nc1_chance", "dib", "rank")
+MEASURES = ("nc1", "nc1_chance", "dib", "rank", "clusters")
 ROOT = Path(__file__).parents[1]
 CELLS = json.loads((ROOT / "plots.ipynb").read_text(encoding="utf-8"))["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
@@ -128,7 +128,11 @@ def test_by_default_the_newest_run_is_drawn_from_its_files(tmp_path, kernel):
     assert len(figures["plots.rank_over_depth(runs)"]) == 3
     assert len(figures["plots.head_losses(runs)"]) == 3
     assert figures["plots.lr_range_test(runs)"][0]["scales"][0] == "log"
-    assert len(figures["plots.summary(runs)"]) == 9
+    assert len(figures["plots.summary(runs)"]) == 12
+    coverage, purity = figures["plots.clusters_over_epochs(runs)"][:2]
+    np.testing.assert_allclose(coverage["lines"]["avgpool"][1], table["clusters/coverage/test/avgpool"])
+    assert coverage["labels"][2].startswith("coverage") and purity["labels"][2].startswith("purity of clustered")
+    assert figures["plots.cka_between_epochs(runs)"][0]["shapes"] == [[2, 2]]
 
 
 def test_several_runs_stand_side_by_side_and_say_what_they_did_not_measure(tmp_path, kernel):

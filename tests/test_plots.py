@@ -26,7 +26,7 @@ def test_a_run_that_died_in_its_first_epoch_is_drawn(tmp_path, figure):
     figure(run).canvas.draw()
 
 
-SUBSETS = [(), ("nc1",), ("dib",), ("rank",), ("nc1", "dib"), ("nc1", "dib", "rank")]
+SUBSETS = [(), ("nc1",), ("dib",), ("rank",), ("clusters",), ("nc1", "dib"), ("nc1", "dib", "rank", "clusters")]
 
 
 @pytest.mark.parametrize("measures", SUBSETS, ids=" ".join)
@@ -46,7 +46,7 @@ def test_every_figure_works_with_any_measures_and_labels_its_axes(tmp_path, figu
 
 @pytest.mark.parametrize("figure", FIGURES)
 def test_settings_without_a_measure_have_a_panel_that_says_so(tmp_path, figure):
-    make_run(tmp_path / "version_0", measures=("nc1", "dib", "rank"), lr_test=True)
+    make_run(tmp_path / "version_0", measures=SUBSETS[-1], lr_test=True)
     make_run(tmp_path / "version_1", measures=(), learning_rate=0.1)
     make_run(tmp_path / "version_2", num_layers=5, learning_rate=0.2)
     figure(load(tmp_path)).canvas.draw()
@@ -60,7 +60,7 @@ LOOKS = {"short": (3, 1, 1), "long": (3, 200, 1), "deep": (20, 12, 1), "deep and
 def test_nothing_is_cut_off_or_covered_by_the_legend(tmp_path, figure, look):
     num_layers, num_epochs, num_runs = LOOKS[look]
     for seed in range(num_runs):
-        make_run(tmp_path / f"version_{seed}", num_layers, num_epochs, seed, lr_test=True)
+        make_run(tmp_path / f"version_{seed}", num_layers, num_epochs, seed, lr_test=True, measures=SUBSETS[-1])
     drawn = figure(load(tmp_path))
     drawn.canvas.draw()
     page, ink = drawn.get_window_extent(), drawn.get_tightbbox().transformed(drawn.dpi_scale_trans)
