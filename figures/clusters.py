@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from figures import kept
-from figures.axes import MAX_NAMES, chosen_epochs, log_axis, matrix, thin
+from figures.axes import MAX_NAMES, chosen_epochs, log_axis, log_ticks_on, matrix, thin
 from figures.layerwise import over_epochs, share_over_epochs
 from figures.pages import grid, layer_legend, legend_below, legend_beside, new_page, styled
 from figures.runs import SPLITS, Run
@@ -195,6 +195,7 @@ class _Decay:
                     ax.plot(np.arange(1, len(S) + 1), S / S[0], line, color=color)
         ax.set_xscale("log")
         log_axis(ax)
+        log_ticks_on(ax.xaxis)
         ax.set(xlabel="direction i", ylabel="S_i / S_1")
 
     def styles(self) -> list:
