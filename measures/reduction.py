@@ -101,8 +101,8 @@ def reduce(
 
 
 def matrix(activations: Matrix) -> Tensor:
-    """Activations (N, …) as a matrix (N, d)."""
-    A = torch.as_tensor(activations)
+    """Activations (N, …) as a matrix (N, d), of which nothing is differentiated."""
+    A = torch.as_tensor(activations).detach()
     if A.ndim < 2 or not A.numel():
         raise UserError(f"Activations must be a matrix, samples × features; their shape is {tuple(A.shape)}.")
     return A.flatten(1)

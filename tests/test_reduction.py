@@ -170,3 +170,10 @@ def test_activations_that_are_not_finite_are_an_error(value):
     A[3, 2] = value
     with pytest.raises(NotFinite):
         reduce(A)
+
+
+def test_activations_of_a_network_outside_of_no_grad_are_reduced_alike():
+    A = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    with_graph = A.clone().requires_grad_() * 1
+    assert torch.equal(reduce(with_graph).scores, reduce(A).scores)
+    assert not reduce(with_graph).scores.requires_grad

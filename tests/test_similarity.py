@@ -80,6 +80,14 @@ def test_a_matrix_of_layers_is_symmetric_with_ones_and_pairs_as_cka():
     assert float(matrix[0, 1]) == pytest.approx(cka(layers[0], layers[1]), rel=1e-12)
 
 
+def test_activations_of_a_network_outside_of_no_grad_are_compared_alike():
+    x, y = normal(60, 8), normal(60, 5, seed=1)
+    with_graph = [x.clone().requires_grad_() * 1, y.clone().requires_grad_() * 1]
+    assert cka(*with_graph) == cka(x, y)
+    labels = torch.arange(60) % 2
+    assert torch.equal(alignment(with_graph[0], labels), alignment(x, labels))
+
+
 def test_cka_of_a_constant_layer_is_not_defined():
     assert math.isnan(cka(torch.ones(20, 3), normal(20, 3)))
 
