@@ -13,11 +13,14 @@ from processes import ROOT
 
 import flags
 import plots
+from measures import saved
 from run.arrays import Arrays
+from run.catalogue import MEASURES as MEASURES_OF_RUNS
+from run.catalogue import found
 from run.presets import DATASETS, DEFAULTS, MODELS, flags_of_run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUNS = ROOT / "docs" / "runs.md"
+RUNS, MEASURES = ROOT / "docs" / "runs.md", ROOT / "docs" / "measures.md"
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")
 NEW_FILE = re.compile(r"[Aa]\snew\sfile,\s`([^`]+)`")
@@ -28,6 +31,7 @@ PROGRAMS = {  # what stands before a program's flags, and who reads them
     r"^master_thesis": flags.get_args,
     r"\bpython plots\.py": plots.get_args,
     r"^master_thesis_plots": plots.get_args,
+    r"\bpython -m measures\.clusters": saved.get_args,
 }
 
 
@@ -143,3 +147,21 @@ def test_the_examples_on_runs_work_as_they_stand(in_an_empty_folder, capsys):
     assert names["sigma"].tolist() == [2.0, 1.0] and names["settings"]["seed"] == 0
     assert set(names["nc1"]) == set(names["stable"]) == set(names["layers"]) == {"0", "1", "2", "3", "4"}
     assert set(names["dib"].minimality) == {"hidden1", "hidden2"}
+
+
+def test_the_example_of_clusters_works_as_it_stands(capsys):
+    names = {}
+    [code] = blocks(MEASURES, "python")
+    exec(code, names)
+    assert len(capsys.readouterr().out.splitlines()) == 3 and names["layers"] == ["0", "1", "2"]
+    assert names["groups"].labels.shape == (300,) and -1 <= names["similarity"] <= 1
+    assert names["aligned"].shape == (3, 3) and names["reduced"].scores.shape[0] == 300
+
+
+def test_every_figure_of_clusters_is_in_the_docs():
+    [about] = [about for about in MEASURES_OF_RUNS if about.name == "clusters"]
+    draws = [found(reference) for reference in about.figures]
+    names = {name for draw in draws for name in getattr(draw, "variants", [draw.__name__])}
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", prose(MEASURES), re.M)))
+    assert names <= {*listed}
+    assert {name.removeprefix("clusters/") for name in about.columns} - {"cka"} <= {*listed}
