@@ -18,6 +18,7 @@ from run.errors import UserError
 
 NOISE = -1  # the label of samples in no cluster
 MIN_CLUSTER_SIZE = 50
+NEAR = 1e-3  # of the largest norm: nearer points ‖x‖² - 2xᵀy + ‖y‖² tells apart to fewer than 9 digits
 
 
 class Grouping(NamedTuple):
@@ -71,11 +72,39 @@ def cluster(scores: Matrix, labels: Matrix, min_cluster_size: int = MIN_CLUSTER_
 
 
 def hdbscan(points: np.ndarray, min_cluster_size: int) -> np.ndarray:
-    """HDBSCAN's cluster of each point, int64 (N,), -1 for noise."""
-    from sklearn.cluster import HDBSCAN
+    """HDBSCAN's cluster of each point, int64 (N,), -1 for noise: the labels that scikit-learn gives.
 
-    method = HDBSCAN(min_cluster_size=min_cluster_size, min_samples=min_cluster_size, copy=True)
-    return method.fit_predict(points.astype(np.float64)).astype(np.int64)
+    The steps are scikit-learn's, but the search for neighbours is by products of matrices: in 64 directions, where its
+    tree leaves nothing out, that is ten times faster, and the whole three times.
+    """
+    from sklearn.metrics import DistanceMetric
+
+    X = np.ascontiguousarray(points, np.float64)
+    try:
+        from sklearn.cluster._hdbscan._tree import tree_to_labels
+        from sklearn.cluster._hdbscan.hdbscan import _process_mst, mst_from_data_matrix
+    except ImportError:  # they are private: another version may name them otherwise
+        from sklearn.cluster import HDBSCAN
+
+        whole = HDBSCAN(min_cluster_size=min_cluster_size, min_samples=min_cluster_size, copy=True)
+        return whole.fit_predict(X).astype(np.int64)
+    edges = mst_from_data_matrix(X, core_distances(X, min_cluster_size), DistanceMetric.get_metric("euclidean"))
+    labels, _ = tree_to_labels(_process_mst(edges), min_cluster_size)
+    return labels.astype(np.int64)
+
+
+def core_distances(X: np.ndarray, num: int) -> np.ndarray:
+    """The distance of each point to its `num`-th nearest, itself counted, (N,)."""
+    from sklearn.neighbors import NearestNeighbors
+
+    centred = X - X.mean(0)
+    search = NearestNeighbors(n_neighbors=num, algorithm="brute").fit(centred)
+    last = search.kneighbors(centred, return_distance=False)[:, -1]
+    core = np.sqrt(np.square(np.ascontiguousarray((X - X[last]).T)).sum(0))  # added up one by one, as in scikit-learn
+    if core.min() < NEAR * np.linalg.norm(centred, axis=1).max():
+        search = NearestNeighbors(n_neighbors=num, algorithm="kd_tree").fit(X)
+        core = np.ascontiguousarray(search.kneighbors(X)[0][:, -1])
+    return core
 
 
 def agreement(clusters: np.ndarray, classes: np.ndarray) -> dict[str, float]:

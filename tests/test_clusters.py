@@ -111,6 +111,31 @@ def test_collapsed_classes_are_clusters():
     assert grouping.num_clusters == 3 and grouping.purity_all == 1
 
 
+@pytest.mark.parametrize(("d", "spread", "offset"), [(2, 9.0, 0), (64, 9.0, 0), (64, 4.0, 1e5), (12, 1e-4, 0)])
+@pytest.mark.parametrize("copies", [0, 80])
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_clusters_are_those_of_scikit_learn(monkeypatch, d, spread, offset, copies, is_renamed):
+    """Near points, those in one place, and a version without the private steps as well."""
+    from sklearn.cluster import HDBSCAN
+
+    if is_renamed:
+        monkeypatch.setitem(sys.modules, "sklearn.cluster._hdbscan._tree", None)
+    h, _ = blobs(600, d, num_classes=min(d, 10), spread=spread)
+    h[:copies] = h[0]
+    points = (h + offset).double().numpy()
+    found = grouping.hdbscan(points, 20)
+    np.testing.assert_array_equal(found, HDBSCAN(min_cluster_size=20, min_samples=20, copy=True).fit_predict(points))
+
+
+@pytest.mark.parametrize("spread", [9.0, 1e-2, 1e-6, 0.0])
+def test_core_distances_are_those_of_a_search_by_differences(spread):
+    centres, _ = blobs(300, 30, spread=0)
+    points = centres.numpy() + np.random.default_rng(0).normal(scale=spread, size=(300, 30))
+    expected = np.sort(np.linalg.norm(points[:, None] - points, axis=2), axis=1)[:, 19]
+    # Of neighbours that the search cannot tell apart any may be the last: they are equally far to nine digits.
+    np.testing.assert_allclose(grouping.core_distances(points, 20), expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("scores", "labels", "told"),
     [
