@@ -25,7 +25,7 @@ EXACT_LIMIT = 2000  # min(N, d) up to which the Gram matrix is decomposed: secon
 MAX_DIRECTIONS = 256  # of a sketch: its cost grows with them, and neighbours lose their meaning
 BLOCK = 32  # columns by which a sketch grows
 POWERS = 8  # blocks that a sketch may have beside twice the directions looked for
-CONVERGED = 1e-6  # relative change of S² by a further block
+CONVERGED = 1e-5  # relative change of S² by a further block; yet another would change them far less
 ROW_ELEMENTS = 2**18  # of rows copied to float64 at once: 2 MB, which a CPU's cache holds
 PRODUCT_ELEMENTS = 2**20  # the same for products, which are faster of more rows
 
@@ -76,7 +76,7 @@ def reduce(
 
     Where min(N, d) ≤ 2000, this is exact, from the eigenvectors of the Gram matrix in float64. Beyond, it is a
     randomised sketch: the block Krylov space of 32 random columns (Musco & Musco 2015), which holds what power
-    iterations would give, grows until the k values found do not change by more than 5·10⁻⁷, or to 2 k columns and 8
+    iterations would give, grows until the k values found do not change by more than 5·10⁻⁶, or to 2 k columns and 8
     blocks for k = `max_directions` (256 by default). Where these are not enough `energies[-1]` stays
     below. Singular values are within 10⁻⁴ of the exact ones, those of white noise, which hardly differ, within 0.2%.
     What is random depends on `seed` alone.
