@@ -1,4 +1,4 @@
-"""Layers × epochs of any measure."""
+"""Layers × epochs of any measure, and tensors × epochs of what was looked at."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 def heat_map(runs: Run | Sequence[Run], measure: str = "nc1/test") -> Figure:
     """Layers × measured epochs of any measure: one of `Run.measures`, such as nc1/test or dib/minimality.
 
+    Of what was looked at, a star stands for the rows: look/grad-loss-theta-*/norm has a row for each tensor, in network
+    order where they were asked for so, and look/grad-loss-theta/*/norm one for each group.
+
     The colors span what most epochs hold: where a few (the first, as a rule) would take two thirds of the scale, they
     lie beyond its end, which an arrow on the color bar says.
     """
@@ -35,7 +38,7 @@ def heat_map(runs: Run | Sequence[Run], measure: str = "nc1/test") -> Figure:
         raise NothingToDraw(not_measured([measure]))
     log = label.log if is_known(measure) else None
     norm, extend = _norm([_layers_of(setting, measure) for setting in settings], log)
-    height = max(2.0, 0.14 * min(MAX_NAMES, max(len(setting.layers) for setting in settings)))
+    height = max(2.0, 0.14 * min(MAX_NAMES, max(_layers_of(setting, measure).shape[1] for setting in settings)))
     draw = functools.partial(_heat_map, norm=norm)
     figure = grid(runs, label.axis, [measure], draw, share=False, height=height)
     meshes = [mesh for ax in figure.axes for mesh in ax.collections]
@@ -50,7 +53,7 @@ def heat_map(runs: Run | Sequence[Run], measure: str = "nc1/test") -> Figure:
 
 def _layers_of(setting: Setting, measure: str) -> DataFrame:
     table = band_of(setting, measure).mean
-    return table[[layer for layer in setting.layers if layer in table]]
+    return table if "*" in measure else table[[layer for layer in setting.layers if layer in table]]
 
 
 def _heat_map(ax: Axes, setting: Setting, measure: str, norm: Normalize) -> None:
@@ -61,7 +64,7 @@ def _heat_map(ax: Axes, setting: Setting, measure: str, norm: Normalize) -> None
     layers = thin(list(enumerate(table.columns)), MAX_NAMES)
     ax.set_xticks([i + 0.5 for i, _ in epochs], [str(epoch) for _, epoch in epochs])
     ax.set_yticks([i + 0.5 for i, _ in layers], [plain(layer) for _, layer in layers])
-    ax.set(xlabel=EPOCH_LABEL, ylabel="layer", facecolor="0.85")
+    ax.set(xlabel=EPOCH_LABEL, ylabel="" if "*" in measure else "layer", facecolor="0.85")
     ax.grid(False)
     ax.invert_yaxis()
 

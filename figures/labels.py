@@ -12,13 +12,48 @@ OF_TRAINING = {
     "losses": Column("loss"),
     "acc": Column("accuracy", "%", scale=0.01),
 }
+OF_LOOKS = {  # statistics that do not say themselves what they are
+    "condition": "condition number",
+    "cosine_batch": "mean cosine between batches",
+    "cosine_class": "mean cosine between classes",
+    "cosine_cluster": "mean cosine between clusters",
+    "distance": "distance from the start",
+    "effective_rank": "effective rank",
+    "fro": "Frobenius norm",
+    "nuclear": "nuclear norm",
+    "participation": "participation ratio",
+    "sample_fro": "Frobenius norm, mean over samples",
+    "sample_largest": "largest eigenvalue, mean over samples",
+    "sample_norm": "norm, mean over samples",
+    "sample_smallest": "smallest singular value, mean over samples",
+    "sample_spectral": "spectral norm, mean over samples",
+    "sample_trace": "trace, mean over samples",
+    "snr": "signal to noise over samples",
+    "snr_batch": "signal to noise over batches",
+    "snr_class": "signal to noise over classes",
+    "snr_cluster": "signal to noise over clusters",
+    "spectral": "spectral norm",
+    "stable_rank": "stable rank",
+    "step": "length of the last step",
+    "step_cosine": "cosine of the last two steps",
+    "top_share": "share in the Hessian's top eigenvectors",
+    "zeros": "share of zeros",
+}
 
 
 def label_of(measure: str) -> Column:
     """The label of a measure, with the set where its name ends in one."""
+    if measure.startswith("look/"):
+        return Column(plain(_in_words(measure)))
     label, split = (OF_TRAINING[measure], "") if measure in OF_TRAINING else column(measure)
     text = label.text if is_known(measure) else plain(label.text)
     return label._replace(text=f"{text}, {split} set" if split else text)
+
+
+def _in_words(measure: str) -> str:
+    """`norm of grad-loss-theta, class3` for look/grad-loss-theta/class3/norm."""
+    _, name, *group, statistic = measure.split("/") if measure.count("/") > 1 else [*measure.split("/"), ""]
+    return ", ".join([f"{OF_LOOKS.get(statistic, statistic)} of {name}", *group])
 
 
 def is_known(measure: str) -> bool:

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from run.catalogue import measure_and_layer
 from run.errors import UserError
 
 if TYPE_CHECKING:  # pandas takes half a second to import, which is done once there is something to read
-    from pandas import DataFrame
+    from pandas import DataFrame, Index
 
 SPLITS = ("train", "test")
 # Of runs that did not write down their layers.
@@ -200,24 +201,42 @@ class Run:
         columns = self.metrics.columns
         network = self.provenance.get("layers")
         named = [layer for layer in network if isinstance(layer, str)] if isinstance(network, list) else []
-        measured = [layer for layer in named if any(column.endswith(f"/{layer}") for column in columns)]
+        measured = [layer for layer in named if any(measure_and_layer(column, [layer]) for column in columns)]
         matches = filter(None, map(LAYER_COLUMN.fullmatch, columns))
         return list(dict.fromkeys([*measured, *(match[1] for match in matches)]))
 
     @property
     def measures(self) -> list[str]:
         """Everything that was measured layer by layer: nc1/train, nc1/test, dib/loss, …"""
-        filled = self.metrics.columns[self.metrics.notna().any()]
-        parts = (column.rpartition("/") for column in filled)
-        return list(dict.fromkeys(measure for measure, _, layer in parts if measure and layer in self.layers))
+        found = filter(None, (measure_and_layer(column, self.layers) for column in self._filled))
+        return list(dict.fromkeys(measure for measure, _ in found))
+
+    @property
+    def looks(self) -> list[str]:
+        """The columns of what was looked at, look/NAME/STATISTIC and look/NAME/GROUP/STATISTIC."""
+        return [column for column in self._filled if column.startswith("look/")]
+
+    @property
+    def _filled(self) -> Index:
+        return self.metrics.columns[self.metrics.notna().any()]
 
     def table(self, measure: str) -> DataFrame:
-        """Epochs × layers of a measure, epochs × splits of `loss` or `acc`, epochs × 1 of a single column."""
-        names = {measure: measure}
+        """Epochs × layers of a measure, epochs × splits of `loss` or `acc`, epochs × 1 of a single column.
+
+        A star stands for what columns have in its place, without a slash: look/grad-loss-theta-*/norm has a column for
+        each tensor.
+        """
+        names = {measure: measure} if "*" not in measure else self._matching(measure)
         names |= {f"{split}_{measure}": split for split in SPLITS}
         names |= {f"{measure}/{layer}": layer for layer in self.layers}
         present = [column for column in names if column in self.metrics]
         return self.metrics[present].rename(columns=names).dropna(how="all")
+
+    def _matching(self, pattern: str) -> dict[str, str]:
+        """What the star stands for, by column."""
+        expression = re.compile("([^/]+)".join(map(re.escape, pattern.split("*"))))
+        matches = filter(None, map(expression.fullmatch, self._filled))
+        return {match[0]: " ".join(match.groups()) for match in matches}
 
     @property
     def head_epochs(self) -> list[int]:

@@ -72,7 +72,7 @@ class Setting:
     @property
     def measured_epochs(self) -> list[int]:
         """The epochs after which any run measured anything."""
-        tables = [run.table(measure) for run in self.runs for measure in run.measures]
+        tables = [run.table(measure) for run in self.runs for measure in [*run.measures, *run.looks]]
         return sorted({epoch for table in tables for epoch in table.index})
 
     @property

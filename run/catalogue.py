@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,7 +59,8 @@ class About:
 
     Of flags that stand in `instead`, one excludes the others. `remark` makes a line below the closing table from the
     last row of `metrics.csv`. `figures` are functions, `module:name`, which take runs; one that comes in several forms
-    has `variants`, {file name: arguments}.
+    has `variants`, {file name: arguments}. Not `by_layer`: its columns are named otherwise than MEASURE/LAYER, such as
+    look/NAME/STATISTIC, and no layer's even where a layer is called as a statistic.
     """
 
     name: str
@@ -73,6 +74,7 @@ class About:
     columns: Mapping[str, Column] = field(default_factory=dict)
     remark: Callable[[Mapping[str, str]], str] | None = None
     figures: tuple[str, ...] = ()
+    by_layer: bool = True
 
 
 def equiseparation(row: Mapping[str, str]) -> str:
@@ -238,6 +240,7 @@ MEASURES = (
             Flag("look_arrays", False, "look: keep eigenvectors and matrices too"),
         ),
         remark=eigenvalues,
+        by_layer=False,
     ),
 )  # fmt: skip
 
@@ -264,4 +267,16 @@ def column(name: str) -> tuple[Column, str]:
 def measure_of(name: str) -> About | None:
     """The measure that a family of columns belongs to, if it is one of these."""
     family = name.rpartition("/")[0] if name.rpartition("/")[2] in SETS else name
-    return next((about for about in MEASURES if family in about.columns), None)
+    owner = next((about for about in MEASURES if not about.by_layer and name.startswith(f"{about.name}/")), None)
+    return owner or next((about for about in MEASURES if family in about.columns), None)
+
+
+def measure_and_layer(column: str, layers: Container[str]) -> tuple[str, str] | None:
+    """What a column MEASURE/LAYER is of; None for one that is of no layer.
+
+    >>> measure_and_layer("nc1/test/norm", ["norm"]), measure_and_layer("look/grad-loss-theta/norm", ["norm"])
+    (('nc1/test', 'norm'), None)
+    """
+    measure, _, layer = column.rpartition("/")
+    owner = measure_of(measure)
+    return (measure, layer) if measure and layer in layers and (owner is None or owner.by_layer) else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from run.catalogue import MEASURES, column, measure_of
+from run.catalogue import MEASURES, column, measure_and_layer, measure_of
 
 UNSUMMED = ("epoch", "lr", "time/")
 
@@ -75,8 +75,8 @@ def measure_table(first: Mapping[str, str], last: Mapping[str, str], layers: Seq
 
 def titles(row: Mapping[str, str], layers: Sequence[str]) -> dict[str, str]:
     """Which columns NAME/LAYER or NAME/SET/LAYER the closing table shows, and under which titles."""
-    parts = (name.rpartition("/") for name in row)
-    names = dict.fromkeys(name for name, _, layer in parts if layer in layers and name not in ("", "time"))
+    found = filter(None, (measure_and_layer(name, layers) for name in row))
+    names = dict.fromkeys(name for name, _ in found if name != "time")
     families = {name: column(name) for name in names}
     shown = {name: family.closing[split] for name, (family, split) in families.items() if split in family.closing}
     return dict(sorted(shown.items(), key=lambda item: measure_of(item[0]) is None))  # those of the catalogue first

@@ -146,3 +146,27 @@ def test_layers_are_those_that_the_run_wrote_down_whatever_measured_them(tmp_pat
     table.to_csv(folder / "metrics.csv")
     (run,) = load(folder)
     assert run.layers == ["layer1.0", "avgpool"] and run.measures == ["norm/test"]
+
+
+def test_a_layer_that_is_called_as_a_statistic_has_no_part_in_what_was_looked_at(run_folder):
+    table = read(run_folder)
+    table = table.rename(columns=lambda name: name.replace("/avgpool", "/norm"))
+    table["look/grad-loss-theta/norm"] = 1.0
+    table.to_csv(run_folder / "metrics.csv")
+    provenance = yaml.safe_load((run_folder / "hparams.yaml").read_text())["provenance"]
+    change_flags(run_folder, provenance=provenance | {"layers": ["layer1.0", "layer1.1", "norm", "zeros"]})
+    (run,) = load(run_folder)
+    assert run.layers == ["layer1.0", "layer1.1", "norm"]
+    assert run.looks == ["look/grad-loss-theta/norm"]
+    assert not [measure for measure in run.measures if measure.startswith("look")]
+
+
+def test_a_star_stands_for_what_columns_have_in_its_place(run_folder):
+    table = read(run_folder)
+    for name in ("theta", "theta-b.weight", "theta-a.bias", "f-a"):
+        table[f"look/grad-loss-{name}/norm"] = 1.0
+        table[f"look/grad-loss-{name}/class0/norm"] = 2.0
+    table.to_csv(run_folder / "metrics.csv")
+    (run,) = load(run_folder)
+    assert list(run.table("look/grad-loss-theta-*/norm")) == ["b.weight", "a.bias"]
+    assert list(run.table("look/grad-loss-theta/*/norm")) == ["class0"]

@@ -34,3 +34,9 @@ def test_what_says_the_same_again_stays_out_of_the_closing_table():
     head = closing([{"epoch": "1", **{f"{name}/hidden1": "1" for name in names}}], LAYERS).splitlines()[0]
     assert head.split("  ")[-1].strip() == "DIB minimality" and "loss" not in head and "rank" not in head
     assert "chance" not in head and "time" not in head
+
+
+def test_what_was_looked_at_is_in_no_layers_row_even_where_a_layer_is_called_as_a_statistic():
+    row = {"epoch": "1", "nc1/train/norm": "2", "look/grad-loss-theta/norm": "3", "time/norm": "4"}
+    header = closing([row], ["norm"]).splitlines()[0]
+    assert "NC1 train" in header and "look" not in header and "grad" not in header
