@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from figures import kept
+from figures import kept_clusters as kept
 from figures.axes import MAX_NAMES, chosen_epochs, log_axis, log_ticks_on, matrix, thin
 from figures.layerwise import over_epochs, share_over_epochs
 from figures.pages import grid, layer_legend, legend_below, legend_beside, new_page, styled

@@ -1,71 +1,66 @@
-"""Arrays of clusters that runs keep, `arrays/epoch0003/clusters.npz`, as figures ask for them."""
+"""What runs keep beside their tables, `arrays/epoch0003/MEASURE.npz`: of one run, or of all runs of a setting."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from figures.labels import not_measured
-from figures.runs import SPLITS, Run
-from figures.settings import Setting, compare
+from figures.runs import Run
+from figures.settings import Setting
 from figures.style import NothingToDraw
 from run import arrays
 from run.errors import UserError
 
-NOT_THERE = "The run's arrays, clusters.npz, are not there."
+
+def file_of(run: Run, epoch: int, measure: str) -> Path:
+    """A measure's file of an epoch: in the run's folder, or in that of the run which it resumed."""
+    files = [folder / f"arrays/epoch{epoch:04d}/{measure}.npz" for folder in (run.folder, *run.ancestors)]
+    return next((file for file in files if file.is_file()), files[0])
 
 
-def split_of(runs: Run | Sequence[Run], family: str) -> str:
-    """The set of which there is this measure: the test set if there is one."""
-    settings = compare(runs).settings
-    found = [split for split in reversed(SPLITS) if any(setting.has(f"{family}/{split}") for setting in settings)]
+def has_file(run: Run, epoch: int, measure: str) -> bool:
+    return file_of(run, epoch, measure).is_file()
+
+
+def epochs_of(run: Run, measure: str) -> list[int]:
+    """The epochs whose arrays a run has."""
+    return [epoch for epoch in run.metrics.index if has_file(run, epoch, measure)]
+
+
+def epochs(setting: Setting, measure: str) -> list[int]:
+    """The epochs whose arrays some run has."""
+    found = sorted({epoch for run in setting.runs for epoch in epochs_of(run, measure)})
     if not found:
-        raise NothingToDraw(not_measured([f"{family}/{split}" for split in reversed(SPLITS)]))
-    return found[0]
+        raise NothingToDraw(f"The run's arrays, {measure}.npz, are not there.")
+    return found
 
 
-def file_of(run: Run, epoch: int) -> Path:
-    return run.folder / f"arrays/epoch{epoch:04d}/clusters.npz"
-
-
-def kept_epochs(runs: Sequence[Run]) -> list[int]:
-    """The epochs whose arrays some of the runs have."""
-    return sorted({epoch for run in runs for epoch in run.metrics.index if file_of(run, epoch).is_file()})
-
-
-def epochs_of(setting: Setting) -> list[int]:
-    """The same of a setting that must have some."""
-    epochs = kept_epochs(setting.runs)
-    if not epochs:
-        raise NothingToDraw(NOT_THERE)
-    return epochs
-
-
-def read(run: Run, epoch: int, names: Sequence[str] = ()) -> tuple[dict[str, np.ndarray], dict]:
-    """Those arrays that are there, and how all of them were made."""
-    try:
-        return arrays.read(file_of(run, epoch), names)
-    except UserError as error:  # damaged: the other figures can still be drawn
-        raise NothingToDraw(str(error)) from None
-
-
-def of_runs(setting: Setting, epoch: int, name: str) -> list[np.ndarray]:
+def of_runs(setting: Setting, epoch: int, measure: str, name: str) -> list[np.ndarray]:
     """An array of each run that kept it after this epoch."""
-    found = (read(run, epoch, (name,))[0].get(name) for run in setting.runs if file_of(run, epoch).is_file())
+    files = [file_of(run, epoch, measure) for run in setting.runs if has_file(run, epoch, measure)]
+    found = (read(file, (name,))[0].get(name) for file in files)
     return [array for array in found if array is not None]
 
 
-def mean(setting: Setting, epoch: int, name: str) -> np.ndarray:
-    """The mean over the runs."""
-    return np.mean(of_runs(setting, epoch, name), axis=0)
+def settings_of(setting: Setting, epoch: int, measure: str) -> dict[str, Any]:
+    """How the first of the runs made its arrays of an epoch."""
+    return next(read(file_of(run, epoch, measure), ())[1] for run in setting.runs if has_file(run, epoch, measure))
 
 
-def have(setting: Setting, epochs: Sequence[int], name: str) -> bool:
-    return all(of_runs(setting, epoch, name) for epoch in epochs)
+def names_in(path: Path) -> list[str]:
+    """The names of the arrays in a file."""
+    try:
+        return arrays.names(path)
+    except UserError as error:
+        raise NothingToDraw(str(error)) from None
 
 
-def layers_in(setting: Setting, epoch: int) -> list[str]:
-    """The names of the layers in a matrix of them."""
-    return next(read(run, epoch)[1]["layers"] for run in setting.runs if file_of(run, epoch).is_file())
+def read(path: Path, names: Container[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays by name, and their settings."""
+    try:
+        return arrays.read(path, names)
+    except UserError as error:  # damaged: the other figures can still be drawn
+        raise NothingToDraw(str(error)) from None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from figures import kept
+from figures import kept_clusters as kept
 from figures.axes import MAX_NAMES, chosen_epochs, matrix, thin
 from figures.pages import new_page, remove, styled
 from figures.runs import Run

@@ -11,7 +11,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +69,26 @@ class Arrays:
                 shutil.rmtree(folder)
 
 
+def names(path: str | Path) -> list[str]:
+    """The names of the arrays in such a file."""
+    return _read(path, lambda file: [name for name in file.files if name != SETTINGS])
+
+
 def read(path: str | Path, names: Container[str] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays in such a file by name (those of these names: else all), and their settings."""
+
+    def arrays_and_settings(file: np.lib.npyio.NpzFile) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        settings = json.loads(str(file[SETTINGS]))
+        wanted = [name for name in file.files if name != SETTINGS and (names is None or name in names)]
+        return {name: file[name] for name in wanted}, settings
+
+    return _read(path, arrays_and_settings)
+
+
+def _read(path: str | Path, what: Callable[[np.lib.npyio.NpzFile], Any]) -> Any:
     try:
         with np.load(path, allow_pickle=False) as file:
-            settings = json.loads(str(file[SETTINGS]))
-            wanted = [name for name in file.files if name != SETTINGS and (names is None or name in names)]
-            return {name: file[name] for name in wanted}, settings
+            return what(file)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except Exception as error:  # a broken archive answers with a dozen kinds of exceptions
