@@ -33,6 +33,9 @@ from figures.decodable import head_losses, minimality_over_epochs, nc1_against_m
 from figures.heat_maps import heat_map
 from figures.labels import family_of, is_known, label_of
 from figures.layerwise import measure_over_epochs
+from figures.look import eigenvalues_over_epochs, look_over_epochs, ntk_spectrum, spectra
+from figures.look_matrices import gradient_cosines, jacobian_singular_values, matrices, path
+from figures.looks import families
 from figures.pages import write
 from figures.range_test import lr_range_test
 from figures.rank import rank_over_depth, rank_over_epochs
@@ -51,10 +54,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "alignment_of_classes", "cka_between_epochs", "cka_between_runs", "cka_of_layers", "clusters_over_epochs",
-    "directions_over_epochs", "figures", "head_losses", "heat_map", "load", "lr_range_test", "main",
+    "directions_over_epochs", "eigenvalues_over_epochs", "figures", "gradient_cosines", "head_losses", "heat_map",
+    "jacobian_singular_values", "load", "look_over_epochs", "lr_range_test", "main", "matrices",
     "measure_over_epochs", "minimality_over_epochs", "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs",
-    "rank_over_depth", "rank_over_epochs", "singular_values", "sufficiency_minimality", "summary", "training_curves",
-    "tsne_maps", "write",
+    "ntk_spectrum", "path", "rank_over_depth", "rank_over_epochs", "singular_values", "spectra",
+    "sufficiency_minimality", "summary", "training_curves", "tsne_maps", "write",
 ]  # fmt: skip
 
 
@@ -95,14 +99,14 @@ def figures(runs: Run | Sequence[Run]) -> Iterator[tuple[str, Figure]]:
         for name, options in getattr(draw, "variants", {draw.__name__: {}}).items():
             yield name, draw(runs, **options)
     measures = [measure for setting in settings for measure in setting.measures if not label_of(measure).aside]
-    for measure in dict.fromkeys(measures):
+    for measure in [*dict.fromkeys(measures), *families(settings)]:
         yield f"heat_map_{_file_name(measure)}", heat_map(runs, measure)
     for family in dict.fromkeys(family_of(measure) for measure in measures if not is_known(measure)):
         yield f"{_file_name(family)}_over_epochs", measure_over_epochs(runs, family)
 
 
 def _file_name(measure: str) -> str:
-    return re.sub("[^A-Za-z0-9_.-]", "_", measure)
+    return re.sub("[^A-Za-z0-9_.-]", "_", measure.replace("*", "each"))
 
 
 def _write_all(runs: Sequence[Run], folder: Path, file_format: str) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ LEGEND_WIDTH = 1.3  # inches
 COLUMNS = 3  # of settings
 LETTERS_PER_INCH = 13  # of a title
 LINE = 12  # points that a line of a legend takes
+TEX = re.compile(r"\\[a-z]+|[{}$^_]")  # what takes no room
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -59,11 +61,12 @@ def grid(
     needs: Sequence[str] = (),
     legend: Callable[[Figure, dict[Axes, Setting]], None] | None = None,
     share: bool = True,
+    sums_up: bool = True,
     height: float = 2.0,
 ) -> Figure:
     """A row of panels per measure that was made, a column per setting; what exceeds three columns goes on below.
 
-    `share`: a measure has one y-axis, a setting one x-axis. `legend` comes last.
+    `share`: a measure has one y-axis, a setting one x-axis. `sums_up`: lines are means over runs. `legend` comes last.
     """
     comparison = compare(runs)
     settings = comparison.settings
@@ -72,7 +75,8 @@ def grid(
         raise NothingToDraw(not_measured([*measures, *needs]))
     num_columns = min(len(settings), COLUMNS)
     num_blocks = math.ceil(len(settings) / num_columns)
-    figure, axes = new_page(num_blocks * len(rows), num_columns, comparison.heading(title), height=height)
+    heading = comparison.heading(title, sums_up=sums_up)
+    figure, axes = new_page(num_blocks * len(rows), num_columns, heading, height=height)
     blocks = axes.reshape(num_blocks, len(rows), num_columns).swapaxes(1, 2).reshape(-1, len(rows))
     for panels, setting in zip(blocks, settings, strict=False):
         panels[0].set_title(plain(comparison.name(setting), width=30))
@@ -155,7 +159,7 @@ def legend_beside(figure: Figure, handles: Sequence[Artist]) -> None:
 def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
     """Under the panels, in as many columns as the page has room for; the page grows by its height."""
     labels = [handle.get_label() for handle in handles]
-    longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
+    longest = max((len(TEX.sub("", line)) for label in labels for line in label.split("\n")), default=1)
     num_columns = max(1, int(figure.get_figwidth() * LETTERS_PER_INCH / (longest + 8)))
     num_lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / num_columns) + 1
     figure.set_figheight(figure.get_figheight() + num_lines * LINE / 72)

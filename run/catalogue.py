@@ -240,6 +240,16 @@ MEASURES = (
             Flag("look_arrays", False, "look: keep eigenvectors and matrices too"),
         ),
         remark=eigenvalues,
+        figures=(
+            "figures.look:spectra",
+            "figures.look:eigenvalues_over_epochs",
+            "figures.look:look_over_epochs",
+            "figures.look_matrices:matrices",
+            "figures.look_matrices:gradient_cosines",
+            "figures.look_matrices:jacobian_singular_values",
+            "figures.look:ntk_spectrum",
+            "figures.look_matrices:path",
+        ),
         by_layer=False,
     ),
 )  # fmt: skip

@@ -36,6 +36,14 @@ FIGURES = (
     plots.cka_between_epochs,
     plots.cka_between_runs,
     plots.tsne_maps,
+    plots.spectra,
+    plots.eigenvalues_over_epochs,
+    plots.look_over_epochs,
+    plots.matrices,
+    plots.gradient_cosines,
+    plots.jacobian_singular_values,
+    plots.ntk_spectrum,
+    plots.path,
     plots.lr_range_test,
 )
 SAMPLES = 60  # in which clusters are looked for

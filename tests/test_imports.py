@@ -117,6 +117,8 @@ TESTED_WITH = {
     "measures.samples": "test_clusters",
     "figures.kept": "test_figures_clusters",
     "figures.labels": "test_figures_layerwise",
+    "figures.look_matrices": "test_figures_look",
+    "figures.looks": "test_figures_look",
     "figures.pages": "test_figures_style",
 }
 
