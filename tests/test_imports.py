@@ -116,6 +116,7 @@ TESTED_WITH = {
     "measures.measure": "test_main",
     "measures.samples": "test_clusters",
     "figures.kept": "test_figures_clusters",
+    "figures.kept_clusters": "test_figures_clusters",
     "figures.labels": "test_figures_layerwise",
     "figures.look_matrices": "test_figures_look",
     "figures.looks": "test_figures_look",
