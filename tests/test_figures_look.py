@@ -231,3 +231,13 @@ def test_figures_of_looks_need_no_torch(tmp_path):
     code = f"import sys, plots; runs = plots.load([{str(folder)!r}]); plots.spectra(runs); plots.path(runs)"
     code += "; print({'torch', 'sklearn', 'measures'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "set()"
+
+
+def test_a_resumed_run_shows_the_arrays_of_the_one_that_it_goes_on_from(tmp_path):
+    parent = with_looks(tmp_path / "version_0")
+    folder = with_looks(tmp_path / "version_1", resumed_from=str(parent))
+    for epoch in (0, 2):
+        (folder / f"arrays/epoch{epoch:04d}/look.npz").unlink()
+    rows = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join([rows[0], *rows[4:]]))  # from epoch 3 on
+    assert list(lines(plots.spectra(load(folder)).axes[0])) == ["epoch 0", "epoch 2", "epoch 5"]
