@@ -484,7 +484,8 @@ class Curvature:
 
     def _graph_bytes(self) -> int:
         """About how much memory the graph of one sample takes."""
-        own = {tensor.untyped_storage().data_ptr() for tensor in self.view.network.parameters()}
+        there = (*self.view.network.parameters(), *self.view.network.buffers(), self.view.x, self.view.y)
+        own = {tensor.untyped_storage().data_ptr() for tensor in there}
         seen: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:

@@ -112,6 +112,15 @@ def test_a_float32_networks_top_five_are_within_1e_5_of_the_dense_ones(data):
     assert (found.residuals < 1e-3).all()
 
 
+def test_products_are_those_of_curvlinops(cnn, data):
+    curvlinops = pytest.importorskip("curvlinops")
+    cnn.eval().relu.inplace = False
+    parameters = list(cnn.parameters())
+    theirs = curvlinops.HessianLinearOperator(cnn, nn.CrossEntropyLoss(), parameters, [data])
+    v = torch.randn(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
+    torch.testing.assert_close(look(cnn, *data, "hess(loss, theta)").matvec(v), (theirs @ v).detach())
+
+
 def test_jacobians_are_torch_funcs(cnn, data):
     x, y = data
     other = copy.deepcopy(cnn).eval()
@@ -430,6 +439,15 @@ def test_the_share_of_a_gradient_in_the_top_eigenspace(cnn, data):
     vectors = H.operator.pairs().vectors
     mixed = 3 * vectors[0] + 4 * vectors[-1]
     assert H.share(mixed, Wanted(top=2)) == pytest.approx(9 / 25)
+
+
+def test_samples_that_are_there_anyway_do_not_count_as_memory_of_a_graph(cnn, data):
+    x, y = (tensor.repeat(1000, *[1] * (tensor.dim() - 1)) for tensor in data)
+    view = View(cnn, x[:N], y[:N])  # a few of many: they share the memory of all
+    at = view.parameters(parse("theta").of, parse("theta"))
+    alone = View(cnn, *data)
+    sizes = [v.curvature(parse("loss").of, at, at)._graph_bytes() for v in (view, alone)]
+    assert sizes[0] == sizes[1]
 
 
 def test_graphs_that_do_not_fit_are_built_anew(cnn, data, monkeypatch):
