@@ -123,11 +123,16 @@ class Lanczos:
         """Ritz vectors in rows, from their coefficients in columns."""
         return coefficients.T.to(self.basis) @ self.basis
 
-    def restart(self, num: int) -> None:
-        """Keep the `num` largest Ritz vectors alone, and go on from where it was."""
+    def known(self) -> tuple[float, float]:
+        """tr QHQᵀ and ‖HQᵀ‖_F² of the space, whatever has converged in it: HQᵀ is QᵀT and one vector of length β."""
+        return float(self.T.trace()), float(self.T.square().sum()) + self.beta**2
+
+    def restart(self, largest: int, least: int = 0) -> None:
+        """Keep so many Ritz vectors of both ends alone, and go on from where it was."""
         theta, S, _ = self.ritz()
-        self.Q[:num] = self.vectors(S[:, :num])
-        self.T, self.size, self.is_whole = torch.diag(theta[:num]), num, False
+        kept = ends(self.size, largest, least)
+        self.Q[: len(kept)] = self.vectors(S[:, kept])
+        self.T, self.size, self.is_whole = torch.diag(theta[kept]), len(kept), False
 
     def _orthogonal(self, w: Tensor) -> Tensor:
         """Without what lies in the space and in `against`; again where rounding may have left some of it."""
@@ -160,7 +165,7 @@ class Symmetric:
         self.num_products = 0
         self._matrix = None if matrix is None else (matrix + matrix.T).double() / 2
         self._pairs: Pairs | None = None  # of the whole matrix
-        self.space: Lanczos | None = None  # of the last search for the largest
+        self.space: Lanczos | None = None  # of the last search for eigenpairs
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -203,38 +208,37 @@ class Symmetric:
         once; so it then looks a second time, orthogonally to what it found, whether there is more of that size.
         """
         self._refuse_more(k)
-        if self.is_dense():
-            pairs = self.pairs()
-            return Pairs(pairs.values[:k], pairs.vectors[:k], pairs.residuals[:k])
-        return self._extreme(k, tol, 1)
+        return self.extremes(k, 0, tol)[0]
 
     def bottom(self, k: int = 1, tol: float = TOLERANCE) -> Pairs:
         """The k least eigenvalues, ascending, likewise."""
         self._refuse_more(k)
-        if self.is_dense():
-            pairs = self.pairs()
-            return Pairs(*(part[-k:].flip(0) for part in pairs))
-        found = self._extreme(k, tol, -1)
-        return found._replace(values=-found.values)
+        return self.extremes(0, k, tol)[1]
 
-    def trace(self, probes: int = TRACE_PROBES, deflate: Pairs | None = None) -> Estimate:
+    def extremes(self, top: int, bottom: int, tol: float = TOLERANCE) -> tuple[Pairs, Pairs]:
+        """Both from one search, which takes no more products than the end that converges last."""
+        found = self.pairs() if self.is_dense() else self._searched(top, bottom, tol)
+        least = slice(len(found.values) - bottom, None)
+        return Pairs(*(part[:top] for part in found)), Pairs(*(part[least].flip(0) for part in found))
+
+    def trace(self, probes: int = TRACE_PROBES, deflate: Lanczos | None = None) -> Estimate:
         """The sum of the eigenvalues; beyond `dense` rows by Hutchinson's estimate from random signs, zᵀHz.
 
-        Of eigenpairs in `deflate` the values are added and the probes made orthogonal to them: what is left to
-        estimate varies less.
+        The part of the trace in the space `deflate` is known, and the probes are made orthogonal to it: what is left
+        to estimate varies less. After a search for eigenpairs, `space` is such a one.
         """
         if self.is_dense():
             return Estimate(float(self.matrix().diagonal().sum()), 0.0)
         return self._probed(probes, deflate)[0]
 
-    def fro(self, probes: int = TRACE_PROBES, deflate: Pairs | None = None) -> Estimate:
+    def fro(self, probes: int = TRACE_PROBES, deflate: Lanczos | None = None) -> Estimate:
         """‖H‖_F, likewise from ‖Hz‖²."""
         if self.is_dense():
             return Estimate(float(torch.linalg.matrix_norm(self.matrix())), 0.0)
         square = self._probed(probes, deflate)[1]
         return root_of(square)
 
-    def trace_and_fro(self, probes: int = TRACE_PROBES, deflate: Pairs | None = None) -> tuple[Estimate, Estimate]:
+    def trace_and_fro(self, probes: int = TRACE_PROBES, deflate: Lanczos | None = None) -> tuple[Estimate, Estimate]:
         """Both from the same probes."""
         if self.is_dense():
             return self.trace(), self.fro()
@@ -262,54 +266,56 @@ class Symmetric:
 
     def norms(self) -> dict[str, float]:
         """The Frobenius norm and the spectral norm, the largest |λ|."""
-        spectral = max(abs(float(self.top(1).values)), abs(float(self.bottom(1).values)))
+        largest, least = self.extremes(1, 1)
+        spectral = max(abs(float(largest.values)), abs(float(least.values)))
         return {"fro": self.fro().value, "spectral": spectral}
 
     def _refuse_more(self, k: int) -> None:
         if not 1 <= k <= self.size:
             raise UserError(f"a matrix of {self.size} rows has {self.size} eigenvalues, not {k} (--look-top)")
 
-    def _extreme(self, k: int, tol: float, sign: int) -> Pairs:
-        """The k largest of H (sign 1) or -H (-1)."""
-
-        def product(v: Tensor) -> Tensor:
-            return sign * self.matvec(v)
-
-        space = Lanczos(product, self._start(0), self.dtype)
-        found = self._converged(space, k, tol)
-        self.space = space if sign == 1 else self.space
+    def _searched(self, top: int, bottom: int, tol: float) -> Pairs:
+        """Eigenpairs, descending, that begin with the `top` largest and end with the `bottom` least of all."""
+        self.space = Lanczos(self.matvec, self._start(0), self.dtype)
+        found = self._converged(self.space, top, bottom, tol)
         look = 0
         while len(found.values) < self.size:
             look += 1
-            other = Lanczos(product, self._start(look), self.dtype, against=found.vectors)
+            other = Lanczos(self.matvec, self._start(look), self.dtype, against=found.vectors)
             while other.size < SECOND_LOOK and other.step():
                 pass
-            scale = found.values.abs().max()
-            if len(found.values) >= k and other.ritz()[0][0] <= found.values[k - 1] + tol * scale:
+            scale, theta, num = found.values.abs().max(), other.ritz()[0], len(found.values)
+            larger = top > 0 and (num < top or theta[0] > found.values[top - 1] + tol * scale)
+            less = bottom > 0 and (num < bottom or theta[-1] < found.values[-bottom] - tol * scale)
+            if not larger and not less:
                 break
-            more = self._converged(other, 1, tol, scale)
+            more = self._converged(other, int(larger), int(less), tol, scale)
             values = torch.cat([found.values, more.values])
             order = values.argsort(descending=True)
             found = Pairs(*(torch.cat([a, b])[order.to(a.device)] for a, b in zip(found, more, strict=True)))
-        return Pairs(*(part[:k] for part in found))
+        return found
 
-    def _converged(self, space: Lanczos, k: int, tol: float, scale: float = 0.0) -> Pairs:
-        """The k largest Ritz pairs of a space, grown until their residuals are small enough, or it is exhausted."""
-        room = max(4 * k + 20, int(BASIS_SHARE * free_memory(self.device)) // (8 * self.size))
+    def _converged(self, space: Lanczos, top: int, bottom: int, tol: float, scale: float = 0.0) -> Pairs:
+        """Ritz pairs of both ends of a space, grown until their residuals are small enough, or it is exhausted."""
+        num = top + bottom
+        room = max(4 * num + 20, int(BASIS_SHARE * free_memory(self.device)) // (8 * self.size))
         for _ in range(MOST_STEPS):
             goes_on = space.step()
             theta, S, residuals = space.ritz()
+            wanted = ends(space.size, top, bottom)
             largest = max(float(theta.abs().max()), float(scale), torch.finfo(torch.float64).tiny)
-            enough = space.size >= k and bool((residuals[:k] <= tol * largest).all())
+            enough = space.size >= num and bool((residuals[wanted] <= tol * largest).all())
             if enough or not goes_on:
-                return Pairs(theta[:k], space.vectors(S[:, :k]), residuals[:k] / largest)
+                return Pairs(theta[wanted], space.vectors(S[:, wanted]), residuals[wanted] / largest)
             if space.size >= room:
-                space.restart(min(2 * k + 5, room // 2))
-        raise UserError(f"{k} eigenvalues did not converge to {tol:g} in {MOST_STEPS} steps: ask for less (--look-top)")
+                space.restart(*(2 * k + 5 if k else 0 for k in (top, bottom)))  # at most half of the room
+        raise UserError(
+            f"{num} eigenvalues did not converge to {tol:g} in {MOST_STEPS} steps: ask for less (--look-top)"
+        )
 
-    def _probed(self, probes: int, deflate: Pairs | None) -> tuple[Estimate, Estimate]:
+    def _probed(self, probes: int, deflate: Lanczos | None) -> tuple[Estimate, Estimate]:
         """tr H and ‖H‖_F²."""
-        V = None if deflate is None else deflate.vectors.to(self.device)
+        V = None if deflate is None else deflate.basis
         traces, squares = [], []
         for i in range(probes):
             z = self._signs("trace", i)
@@ -317,10 +323,9 @@ class Symmetric:
             Hz = self.matvec(z).double()
             traces.append(z.double() @ Hz)
             squares.append(Hz @ Hz)
-        known = torch.zeros(1, dtype=torch.float64) if deflate is None else deflate.values.double().cpu()
+        known = (0.0, 0.0) if deflate is None else deflate.known()
         estimates = estimate(torch.stack(traces).cpu()), estimate(torch.stack(squares).cpu())
-        sums = float(known.sum()), float(known.square().sum())
-        return tuple(Estimate(e.value + s, e.error) for e, s in zip(estimates, sums, strict=True))
+        return tuple(Estimate(e.value + part, e.error) for e, part in zip(estimates, known, strict=True))
 
     def _grown(self, start: Tensor, steps: int) -> Lanczos:
         space = Lanczos(self.matvec, start, self.dtype)
@@ -339,6 +344,11 @@ class Symmetric:
         generator = torch.Generator().manual_seed(seed_from(self.seed, purpose, i))
         signs = 2 * torch.randint(2, (self.size,), generator=generator) - 1
         return signs.to(self.device, self.dtype)
+
+
+def ends(size: int, top: int, bottom: int) -> list[int]:
+    """The places of the first `top` and the last `bottom` of so many, each once."""
+    return sorted({*range(min(top, size)), *range(max(size - bottom, 0), size)})
 
 
 def quadrature(space: Lanczos) -> tuple[Tensor, Tensor]:

@@ -380,15 +380,13 @@ class Hessian(Quantity):
 
     def found(self, wanted: Wanted) -> Found:
         operator = self.operator
-        k = min(wanted.top, operator.size)
-        top = self.largest(wanted)
+        top, bottom = self.extremes(wanted)
         figures = {f"eig{i}": float(value) for i, value in enumerate(top.values, 1)}
         figures["residual"] = float(top.residuals.max())
-        trace, fro = operator.trace_and_fro(wanted.trace_probes, top)
+        trace, fro = operator.trace_and_fro(wanted.trace_probes, operator.space)
         figures |= {"trace": trace.value, "trace_error": trace.error, "fro": fro.value}
         arrays = {"eigenvalues": top.values}
         if wanted.bottom:
-            bottom = operator.bottom(min(wanted.bottom, operator.size), wanted.tolerance)
             figures |= {f"min{i}": float(value) for i, value in enumerate(bottom.values, 1)}
             arrays["least_eigenvalues"] = bottom.values
         if operator.is_dense():
@@ -400,20 +398,21 @@ class Hessian(Quantity):
         density = operator.density(wanted.steps, wanted.probes) if wanted.probes else operator.seen()
         arrays |= {"density_nodes": density.nodes, "density_weights": density.weights}
         if wanted.keep:
-            arrays["eigenvectors"] = top.vectors[:k]
+            arrays["eigenvectors"] = top.vectors
             if operator.is_dense():
                 arrays["matrix"] = operator.matrix()
         return figures, arrays
 
-    def largest(self, wanted: Wanted) -> Pairs:
-        """The top eigenpairs that are wanted, computed once."""
-        if not hasattr(self, "_largest"):
-            self._largest = self.operator.top(min(wanted.top, self.operator.size), wanted.tolerance)
-        return self._largest
+    def extremes(self, wanted: Wanted) -> tuple[Pairs, Pairs]:
+        """The top and bottom eigenpairs that are wanted, computed once."""
+        if not hasattr(self, "_extremes"):
+            top, bottom = (min(k, self.operator.size) for k in (wanted.top, wanted.bottom))
+            self._extremes = self.operator.extremes(top, bottom, wanted.tolerance)
+        return self._extremes
 
     def share(self, vector: Tensor, wanted: Wanted) -> float:
         """‖P v‖² / ‖v‖² of a vector, P the projection onto the top eigenvectors."""
-        vectors, v = self.largest(wanted).vectors.double(), vector.double()
+        vectors, v = self.extremes(wanted)[0].vectors.double(), vector.double()
         energy = float(v @ v)
         return float((vectors @ v).square().sum()) / energy if energy else math.nan
 

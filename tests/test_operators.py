@@ -37,6 +37,25 @@ def test_top_and_bottom_are_those_of_the_dense_matrix(dtype):
         torch.testing.assert_close(vectors @ vectors.T, torch.eye(len(vectors), dtype=torch.float64), rtol=0, atol=1e-5)
 
 
+def test_both_ends_from_one_search_are_those_of_two_and_take_fewer_products():
+    one, _ = of_values(SPIKED)
+    two, _ = of_values(SPIKED)
+    top, bottom = one.extremes(3, 2)
+    largest, least = two.top(3), two.bottom(2)
+    # each within its residual, 1e-3 of the largest
+    torch.testing.assert_close(top.values, largest.values, rtol=0, atol=1e-3 * 9)
+    torch.testing.assert_close(bottom.values, least.values, rtol=0, atol=1e-3 * 9)
+    assert (bottom.values[0] <= bottom.values[1]) and (torch.cat([top.residuals, bottom.residuals]) <= 1e-3).all()
+    assert one.num_products < two.num_products
+    copies, _ = of_values([5.0] * 2 + [0.5] * 100 + [-3.0] * 3)
+    top, bottom = copies.extremes(3, 4)
+    assert top.values.tolist() == pytest.approx([5, 5, 0.5], abs=1e-5)
+    assert bottom.values.tolist() == pytest.approx([-3, -3, -3, 0.5], abs=1e-5)
+    few, _ = of_values([2.0, 1.0, -1.0])
+    top, bottom = few.extremes(3, 2)
+    assert top.values.tolist() == pytest.approx([2, 1, -1]) and bottom.values.tolist() == pytest.approx([-1, 1])
+
+
 def test_an_eigenvalue_with_copies_is_found_as_often_as_it_is_there():
     operator, _ = of_values([5.0] * 3 + [4.0] * 2 + [0.5] * 200)
     assert operator.top(6).values.tolist() == pytest.approx([5, 5, 5, 4, 4, 0.5], abs=1e-5)
@@ -91,9 +110,34 @@ def test_trace_and_norm_lie_within_their_errors():
 
 def test_a_trace_beside_known_eigenvectors_is_surer():
     operator, _ = of_values(SPIKED)
-    plain, deflated = operator.trace(50), operator.trace(50, operator.top(3))
+    operator.top(3)
+    plain, deflated = operator.trace(50), operator.trace(50, operator.space)
     assert deflated.error < plain.error / 1.5
     assert abs(deflated.value - float(SPIKED.sum())) < 4 * deflated.error
+
+
+def test_what_a_space_knows_of_trace_and_norm_is_that_of_the_matrix_in_it():
+    operator, H = of_values(SPIKED)
+    operator.extremes(3, 1)
+    Q = operator.space.basis
+    trace, square = operator.space.known()
+    assert trace == pytest.approx(float((Q @ H @ Q.T).trace()))
+    assert square == pytest.approx(float((H @ Q.T).square().sum()))
+
+
+def test_a_space_restarted_at_both_ends_keeps_them():
+    operator, H = of_values(torch.linspace(-1, 1, 400) ** 3)
+    space = Lanczos(operator.matvec, operator._start(0), torch.float64)
+    for _ in range(600):
+        space.step()
+        if space.size >= 40:
+            space.restart(9, 7)
+    exact = torch.linalg.eigvalsh(H).flip(0)
+    theta, _, residuals = space.ritz()
+    assert (residuals[[0, 1, -2, -1]] < 1e-6).all()
+    torch.testing.assert_close(theta[[0, 1, -2, -1]], exact[[0, 1, -2, -1]], rtol=0, atol=1e-10)
+    Q = space.basis
+    assert space.known() == pytest.approx((float((Q @ H @ Q.T).trace()), float((H @ Q.T).square().sum())))
 
 
 def test_the_density_is_exact_with_as_many_steps_as_different_eigenvalues():
