@@ -205,6 +205,17 @@ def _refuse_small_batches(parser: Parser, flags: dict) -> None:
         )
 
 
+def _refuse_flags_of_what_is_not_asked(parser: Parser, given: dict, flags: dict) -> None:
+    for about in MEASURES:
+        for flag in about.flags:
+            is_of_it_alone = about.takes or isinstance(flag.default, bool)  # else a preset may have it unasked
+            owners = [about, *(other for other in MEASURES if flag.name in other.shares)]
+            if given.get(flag.name) and is_of_it_alone and not any(owner.is_asked(flags) for owner in owners):
+                *others, last = (f"--{owner.flag}" for owner in owners)
+                names = f"{', '.join(others)} and {last}, none of which is" if others else f"{last}, which is not"
+                parser.error(f"argument --{flag.name.replace('_', '-')}: belongs to {names} asked for")
+
+
 def _names_a_folder(name: str) -> bool:
     return Path(name).name == name and name not in ("", ".", "..") and len(name.encode()) <= MAX_NAME
 
@@ -224,12 +235,7 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
         error(f"argument --stem: is for -m ResNet and -m ConvNeXt; {model} has none")
     if "learning_rate" in given and "lr_range_test" in given:
         error("argument --lr-range-test: not allowed with -lr/--learning-rate: the test chooses the rate")
-    for about in MEASURES:
-        has_value = about.takes  # then nothing of it is in a preset, and its flags are given for it alone
-        switches = [flag.name for flag in about.flags
-                    if given.get(flag.name) and (has_value or isinstance(flag.default, bool))]  # fmt: skip
-        if switches and not flags[about.flag]:
-            error(f"argument --{switches[0].replace('_', '-')}: belongs to --{about.flag}, which is not asked for")
+    _refuse_flags_of_what_is_not_asked(parser, given, flags)
     if "measure_every" in given and "measure_at" in given:
         error("argument --measure-at: not allowed with --measure-every")
     crowd = too_many_processes(flags["devices"]) if flags["accelerator"] == "cpu" else None

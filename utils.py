@@ -10,10 +10,12 @@ from flags import get_args
 from measures.clusters import Clusters
 from measures.decodable_information import DecodableInformation, decodable_information
 from measures.grouping import cluster
+from measures.landscape import Landscape
 from measures.layers import chosen, features_of, hookable_layers
 from measures.look import Look
 from measures.measure import Measure
 from measures.neural_collapse import NeuralCollapse, neural_collapse
+from measures.perturb import Perturb
 from measures.quantities import look
 from measures.rank import Rank, rank
 from measures.reduction import reduce
@@ -25,9 +27,9 @@ from run.epochs import epochs_to_measure
 from run.run_folder import RunFolder
 
 __all__ = [
-    "Classifier", "Clusters", "DecodableInformation", "Look", "Measure", "NeuralCollapse", "Rank", "alignment", "cka",
-    "cluster", "decodable_information", "features_of", "get_args", "hookable_layers", "layers_to_measure", "look",
-    "measures", "neural_collapse", "plans", "rank", "reduce",
+    "Classifier", "Clusters", "DecodableInformation", "Landscape", "Look", "Measure", "NeuralCollapse", "Perturb",
+    "Rank", "alignment", "cka", "cluster", "decodable_information", "features_of", "get_args", "hookable_layers",
+    "layers_to_measure", "look", "measures", "neural_collapse", "plans", "rank", "reduce",
 ]  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def plans(args: Namespace, dataset: Dataset) -> dict[str, Any]:
 
 def kinds(args: Namespace) -> list[type[Measure]]:
     """The classes of the measures that the flags ask for."""
-    return [found(about.callback) for about in MEASURES if getattr(args, about.flag)]
+    return [found(about.callback) for about in MEASURES if about.is_asked(vars(args))]
 
 
 def layers_to_measure(args: Namespace, network: Network, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

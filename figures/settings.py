@@ -173,7 +173,7 @@ def _in_words(flag: str, value: object) -> str:
     if value is None or isinstance(value, bool):
         return name if value else f"no {name}"
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if flag in ("model", "dataset") else f"{name} {text}"
+    return text if flag in ("model", "dataset") else f"{name} {text}".rstrip()
 
 
 def _labels(flags: Sequence[dict[str, str]], differing: Sequence[str]) -> list[str]:

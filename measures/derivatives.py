@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -265,14 +265,18 @@ class View:
 
     def loss_and_accuracy(self) -> tuple[float, float]:
         """Means over the samples."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        [means] = self.losses_and_accuracies(1, lambda part: [self.network(self.x[part])]).tolist()
+        return tuple(means)
+
+    def losses_and_accuracies(self, num: int, logits: Callable[[slice], Iterable[Tensor]]) -> Tensor:
+        """Mean loss and accuracy over the samples, (num, 2), of each of so many ways to make logits of some of them."""
+        sums = torch.zeros(num, 2, dtype=torch.float64, device=self.device)
         with self.at_rest(), torch.no_grad():
             for part in self.chunks():
-                logits = self.network(self.x[part])
-                right = (logits.argmax(1) == self.y[part]).double()
-                sums += torch.stack([self.loss(logits, self.y[part]).double().sum(), right.sum()])
-        loss, right = (self.total(sums) / len(self)).tolist()
-        return loss, right
+                for i, made in enumerate(logits(part)):
+                    right = (made.argmax(1) == self.y[part]).double()
+                    sums[i] += torch.stack([self.loss(made, self.y[part]).double().sum(), right.sum()])
+        return self.total(sums) / len(self)
 
     def activations(self, of: Name, expression: Expression) -> Tensor:
         """`f(LAYER)[INDEX]` of all samples, (N, n)."""

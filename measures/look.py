@@ -201,7 +201,7 @@ class Look(Measure):
         if not self._has_told:
             self._has_told = True
             warnings.warn(
-                f"look: the network is {dtype}; it is looked at in float32.".replace("torch.", ""), stacklevel=2
+                f"{self.name}: the network is {dtype}; it is looked at in float32.".replace("torch.", ""), stacklevel=2
             )
         return copy.deepcopy(network).float()
 

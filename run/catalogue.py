@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from run.expressions import expression
-from run.values import MAX_DIB, MAX_RATE, number, parts, rate
+from run.values import MAX_DIB, MAX_RATE, MAX_SCALE, number, odd, parts, rate
 
 SETS = ("train", "test")
 MAX_TOP = 1000  # eigenpairs; more are a matter for whole matrices
@@ -57,7 +57,8 @@ class About:
 
     `takes` are the options, those of argparse's `add_argument`, of a flag that takes words; else it is a switch.
 
-    Of flags that stand in `instead`, one excludes the others. `remark` makes a line below the closing table from the
+    Of flags that stand in `instead`, one excludes the others; `shares` are those of other measures that this one heeds,
+    too. `remark` makes a line below the closing table from the
     last row of `metrics.csv`. `figures` are functions, `module:name`, which take runs; one that comes in several forms
     has `variants`, {file name: arguments}. Not `by_layer`: its columns are named otherwise than MEASURE/LAYER, such as
     look/NAME/STATISTIC, and no layer's even where a layer is called as a statistic.
@@ -71,10 +72,15 @@ class About:
     takes: Mapping[str, Any] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     instead: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
     columns: Mapping[str, Column] = field(default_factory=dict)
     remark: Callable[[Mapping[str, str]], str] | None = None
     figures: tuple[str, ...] = ()
     by_layer: bool = True
+
+    def is_asked(self, flags: Mapping[str, Any]) -> bool:
+        """Whether flags ask for it; one that takes words may come without any."""
+        return flags[self.flag] is not None and flags[self.flag] is not False
 
 
 def equiseparation(row: Mapping[str, str]) -> str:
@@ -95,6 +101,13 @@ def eigenvalues(row: Mapping[str, str]) -> str:
         trace = f", trace {float(row[f'{name}/trace']):.4g}" if f"{name}/trace" in row else ""
         lines.append(f"{name}: largest eigenvalues {', '.join(f'{value:.4g}' for value in top)}{trace}")
     return "\n".join(lines)
+
+
+def curvatures(row: Mapping[str, str]) -> str:
+    """The second derivative of the loss along the directions of its landscape."""
+    names = [name.split("/")[1] for name in row if name.startswith("landscape/") and name.endswith("/curvature")]
+    found = ", ".join(f"{name} {float(row[f'landscape/{name}/curvature']):.4g}" for name in names)
+    return f"landscape: curvature along {found}" if found else ""
 
 
 RANKS = ("numerical", "stable", "effective")
@@ -251,6 +264,50 @@ MEASURES = (
             "figures.look_matrices:path",
         ),
         by_layer=False,
+    ),
+    About(
+        name="landscape",
+        callback="measures.landscape:Landscape",
+        flag="landscape",
+        help="loss along eigenvectors, the gradient and a random direction, and over a plane of two; with --measure "
+        "of several checkpoints also around their path",
+        flags=(
+            Flag("landscape_span", 1.0, "how far to go on either side, in lengths of each direction",
+                 {"type": number(float, 0, MAX_SCALE, open_low=True), "metavar": "A"}),
+            Flag("landscape_steps", 41, "points along a direction", {"type": odd(3, 1001), "metavar": "N"}),
+            Flag("landscape_map", 21, "points along each side of a map; 0: none",
+                 {"type": odd(3, 301, or_none=True), "metavar": "N"}),
+        ),
+        shares=("look_set", "look_samples", "look_dense", "look_tolerance"),
+        columns={"landscape": Column("loss around the network")},
+        remark=curvatures,
+    ),
+    About(
+        name="perturb",
+        callback="measures.perturb:Perturb",
+        flag="perturb",
+        help="loss and accuracy with noise on the input or on a layer's output, and without each of its channels; "
+        "without names: the input and the measured layers",
+        takes={"nargs": "*", "metavar": "LAYER"},
+        flags=(
+            Flag("perturb_noise", [0.1, 0.2, 0.5, 1.0, 2.0, 5.0], "sizes of the noise, relative to the root mean "
+                 "square of what it is added to; 0 and 1 are always among them",
+                 {"nargs": "+", "type": number(float, 0, MAX_SCALE), "metavar": "S"}),
+            Flag("perturb_draws", 5, "draws of the noise that are averaged",
+                 {"type": number(int, 1, MAX_TOP), "metavar": "R"}),
+            Flag("perturb_channels", True, "perturb: zero each channel in turn, too"),
+        ),
+        shares=("look_set", "look_samples"),
+        columns={
+            "perturb/noise_drop": Column("accuracy lost to noise of the activations' size", "%", scale=0.01,
+                                         closing={"": "lost to noise"}),
+            "perturb/noise_rise": Column("rise of the loss by noise of the activations' size", aside=True),
+            "perturb/channel_drop": Column("accuracy lost without a channel, mean", "%", scale=0.01, aside=True),
+            "perturb/channel_rise": Column("rise of the loss without a channel, mean", aside=True),
+            "perturb/channel_worst_drop": Column("accuracy lost without the most needed channel", "%", scale=0.01,
+                                                 closing={"": "lost to a channel"}),
+            "perturb/channel_worst_rise": Column("rise of the loss without the most needed channel", aside=True),
+        },
     ),
 )  # fmt: skip
 

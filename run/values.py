@@ -35,6 +35,19 @@ def number(
     return convert
 
 
+def odd(low: int, high: int, *, or_none: bool = False) -> Callable:
+    """A converter for an odd number in [low, high]; with `or_none` also for 0."""
+    allowed = f"an odd number from {low} to {high}{', nor 0' if or_none else ''}"
+
+    def convert(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdigit() else -1
+        if not (low <= value <= high and value % 2) and not (or_none and value == 0):
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is {'neither' if or_none else 'not'} {allowed}")
+        return value
+
+    return convert
+
+
 def batch_size() -> Callable:
     """A converter for the samples of a step: a number of them, or `all` for the whole training set."""
     convert = number(int, 1)
