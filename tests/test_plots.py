@@ -20,9 +20,25 @@ from figures.runs import Run
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """Made runs, loaded once for all figures: `loaded(arguments of make_run for each of them, …)`."""
+    known = {}
+
+    def of(*runs):
+        if repr(runs) not in known:
+            folder = tmp_path_factory.mktemp("runs")
+            for i, options in enumerate(runs):
+                make_run(folder / f"version_{i}", **options)
+            known[repr(runs)] = load(folder)
+        return known[repr(runs)]
+
+    return of
+
+
 @pytest.mark.parametrize("figure", FIGURES)
-def test_a_run_that_died_in_its_first_epoch_is_drawn(tmp_path, figure):
-    (run,) = load(make_run(tmp_path / "version_0", num_epochs=0, lr_test=True))
+def test_a_run_that_died_in_its_first_epoch_is_drawn(loaded, figure):
+    (run,) = loaded({"num_epochs": 0, "lr_test": True})
     figure(run).canvas.draw()
 
 
@@ -31,8 +47,8 @@ SUBSETS = [(), ("nc1",), ("dib",), ("rank",), ("clusters",), ("nc1", "dib"), ("n
 
 @pytest.mark.parametrize("measures", SUBSETS, ids=" ".join)
 @pytest.mark.parametrize("figure", FIGURES)
-def test_every_figure_works_with_any_measures_and_labels_its_axes(tmp_path, figure, measures):
-    (run,) = load(make_run(tmp_path / "version_0", measures=measures))
+def test_every_figure_works_with_any_measures_and_labels_its_axes(loaded, figure, measures):
+    (run,) = loaded({"measures": measures})
     drawn = figure(run)
     drawn.canvas.draw()
     if sentence(drawn) is None:
@@ -45,11 +61,10 @@ def test_every_figure_works_with_any_measures_and_labels_its_axes(tmp_path, figu
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_settings_without_a_measure_have_a_panel_that_says_so(tmp_path, figure):
-    make_run(tmp_path / "version_0", measures=SUBSETS[-1], lr_test=True)
-    make_run(tmp_path / "version_1", measures=(), learning_rate=0.1)
-    make_run(tmp_path / "version_2", num_layers=5, learning_rate=0.2)
-    figure(load(tmp_path)).canvas.draw()
+def test_settings_without_a_measure_have_a_panel_that_says_so(loaded, figure):
+    whole = {"measures": SUBSETS[-1], "lr_test": True}
+    bare, deeper = {"measures": (), "learning_rate": 0.1}, {"num_layers": 5, "learning_rate": 0.2}
+    figure(loaded(whole, bare, deeper)).canvas.draw()
 
 
 LOOKS = {"short": (3, 1, 1), "long": (3, 200, 1), "deep": (20, 12, 1), "deep and many": (20, 12, 5)}
@@ -57,11 +72,10 @@ LOOKS = {"short": (3, 1, 1), "long": (3, 200, 1), "deep": (20, 12, 1), "deep and
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("figure", FIGURES)
-def test_nothing_is_cut_off_or_covered_by_the_legend(tmp_path, figure, look):
+def test_nothing_is_cut_off_or_covered_by_the_legend(loaded, figure, look):
     num_layers, num_epochs, num_runs = LOOKS[look]
-    for seed in range(num_runs):
-        make_run(tmp_path / f"version_{seed}", num_layers, num_epochs, seed, lr_test=True, measures=SUBSETS[-1])
-    drawn = figure(load(tmp_path))
+    common = {"num_layers": num_layers, "num_epochs": num_epochs, "lr_test": True, "measures": SUBSETS[-1]}
+    drawn = figure(loaded(*({"seed": seed, **common} for seed in range(num_runs))))
     drawn.canvas.draw()
     page, ink = drawn.get_window_extent(), drawn.get_tightbbox().transformed(drawn.dpi_scale_trans)
     pixel = 1.0  # rounding of the letters' boxes
@@ -72,7 +86,7 @@ def test_nothing_is_cut_off_or_covered_by_the_legend(tmp_path, figure, look):
         assert not legend.get_window_extent().overlaps(drawn._suptitle.get_window_extent())
 
 
-@pytest.mark.parametrize("file_format", ["png", "pdf", "svg"])
+@pytest.mark.parametrize("file_format", ["png", "svg"])
 def test_the_command_writes_every_figure_and_prints_its_path(tmp_path, file_format):
     folder = make_run(tmp_path / "version_0", measures=("nc1", "dib"))
     done = command(folder, "-o", tmp_path / "new" / "figures", "--format", file_format)
