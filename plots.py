@@ -32,6 +32,7 @@ from figures.collapse import nc1_over_depth, nc1_over_epochs
 from figures.decodable import head_losses, minimality_over_epochs, nc1_against_minimality, sufficiency_minimality
 from figures.heat_maps import heat_map
 from figures.labels import family_of, is_known, label_of
+from figures.landscape import channel_importance, landscape_curves, landscape_maps, perturbation_curves
 from figures.layerwise import measure_over_epochs
 from figures.look import eigenvalues_over_epochs, look_over_epochs, ntk_spectrum, spectra
 from figures.look_matrices import gradient_cosines, jacobian_singular_values, matrices, path
@@ -53,12 +54,13 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "alignment_of_classes", "cka_between_epochs", "cka_between_runs", "cka_of_layers", "clusters_over_epochs",
-    "directions_over_epochs", "eigenvalues_over_epochs", "figures", "gradient_cosines", "head_losses", "heat_map",
-    "jacobian_singular_values", "load", "look_over_epochs", "lr_range_test", "main", "matrices",
-    "measure_over_epochs", "minimality_over_epochs", "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs",
-    "ntk_spectrum", "path", "rank_over_depth", "rank_over_epochs", "singular_values", "spectra",
-    "sufficiency_minimality", "summary", "training_curves", "tsne_maps", "write",
+    "alignment_of_classes", "channel_importance", "cka_between_epochs", "cka_between_runs", "cka_of_layers",
+    "clusters_over_epochs", "directions_over_epochs", "eigenvalues_over_epochs", "figures", "gradient_cosines",
+    "head_losses", "heat_map", "jacobian_singular_values", "landscape_curves", "landscape_maps", "load",
+    "look_over_epochs", "lr_range_test", "main", "matrices", "measure_over_epochs", "minimality_over_epochs",
+    "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "ntk_spectrum", "path", "perturbation_curves",
+    "rank_over_depth", "rank_over_epochs", "singular_values", "spectra", "sufficiency_minimality", "summary",
+    "training_curves", "tsne_maps", "write",
 ]  # fmt: skip
 
 

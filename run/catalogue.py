@@ -281,6 +281,7 @@ MEASURES = (
         shares=("look_set", "look_samples", "look_dense", "look_tolerance"),
         columns={"landscape": Column("loss around the network")},
         remark=curvatures,
+        figures=("figures.landscape:landscape_curves", "figures.landscape:landscape_maps"),
     ),
     About(
         name="perturb",
@@ -308,6 +309,7 @@ MEASURES = (
                                                  closing={"": "lost to a channel"}),
             "perturb/channel_worst_rise": Column("rise of the loss without the most needed channel", aside=True),
         },
+        figures=("figures.landscape:perturbation_curves", "figures.landscape:channel_importance"),
     ),
 )  # fmt: skip
 

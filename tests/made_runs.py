@@ -44,6 +44,10 @@ FIGURES = (
     plots.jacobian_singular_values,
     plots.ntk_spectrum,
     plots.path,
+    plots.landscape_curves,
+    plots.landscape_maps,
+    plots.perturbation_curves,
+    plots.channel_importance,
     plots.lr_range_test,
 )
 SAMPLES = 60  # in which clusters are looked for
@@ -88,6 +92,13 @@ def make_run(
     if "clusters" in measures:
         for epoch in {min(measured), max(measured)}:
             _keep_clusters(folder, epoch, layers, cluster_set, seed)
+    for measure, made in (("landscape", _landscape), ("perturb", _perturbations)):
+        for epoch in {min(measured), max(measured)} if measure in measures else ():
+            _keep(folder, epoch, measure, made(epoch, layers, seed))
+    if "landscape" in measures:
+        _keep(
+            folder, "average", "landscape", _around_path(), networks=["epoch0001.ckpt", "epoch0002.ckpt", "last.ckpt"]
+        )
     if lr_test:
         write_csv(folder / "lr_range_test.csv", _lr_test_rows(noise))
     provenance = {
@@ -163,6 +174,41 @@ def _keep_clusters(folder, epoch, layers, split, seed):
         kept[f"alignment/{split}/{layer}"] = noise.random((CLASSES, CLASSES))
     Arrays(folder).write(epoch, "clusters", {name: torch.from_numpy(array) for name, array in kept.items()},
                          {"layers": layers})  # fmt: skip
+
+
+def _landscape(epoch, layers, seed):
+    """Loss 2 - epoch / 10 + slope α + curvature α² / 2 and a term of α⁴ that parabolas lack."""
+    alphas = np.linspace(-1, 1, 5)
+    kept = {"alphas": alphas, "map/alphas": alphas}
+    for i, name in enumerate(("eig1", "eig2", "gradient", "random")):
+        parabola = 2 - epoch / 10 + 0.1 * seed + 20 / 4**i * alphas**2
+        kept |= {f"{name}/parabola": parabola, f"{name}/losses": parabola + alphas**4 / 4**i}
+    return kept | {"map/losses": 1 + 20 * alphas[:, None] ** 2 + 5 * alphas**2}
+
+
+def _around_path():
+    x, y = np.linspace(-6, 1, 8), np.linspace(-1, 2, 4)
+    path = np.array([[-5.0, 0.0], [-2.0, 1.0], [0.0, 0.0]])
+    return {"path": path, "map/alphas1": x, "map/alphas2": y, "map/losses": 1 + x[:, None] ** 2 + y**2}
+
+
+def _perturbations(epoch, layers, seed):
+    sizes, draws = np.array([0.0, 0.5, 1.0, 5.0]), np.arange(2)[:, None]
+    kept = {"sizes": sizes, "clean": np.array([0.5, 0.9])}
+    for i, layer in enumerate(("input", *layers)):
+        lost = sizes * (1 + draws + seed) / (20 + i)
+        kept |= {f"noise/{layer}/losses": 0.5 + lost, f"noise/{layer}/accuracies": 0.9 - lost}
+        lost = np.arange(-1, 3 * i) / 100
+        kept |= {f"channels/{layer}/losses": 0.5 + lost, f"channels/{layer}/accuracies": 0.9 - lost}
+    return kept
+
+
+def _keep(folder, epoch, measure, kept, **settings):
+    import torch
+
+    from run.arrays import Arrays
+
+    Arrays(folder).write(epoch, measure, {name: torch.from_numpy(array) for name, array in kept.items()}, settings)
 
 
 def _head_rows(epoch, layer, final, num_head_epochs):

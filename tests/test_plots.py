@@ -42,7 +42,8 @@ def test_a_run_that_died_in_its_first_epoch_is_drawn(loaded, figure):
     figure(run).canvas.draw()
 
 
-SUBSETS = [(), ("nc1",), ("dib",), ("rank",), ("clusters",), ("nc1", "dib"), ("nc1", "dib", "rank", "clusters")]
+ALL = ("nc1", "dib", "rank", "clusters", "landscape", "perturb")
+SUBSETS = [(), ("nc1",), ("dib",), ("rank",), ("clusters",), ("nc1", "dib"), ALL]
 
 
 @pytest.mark.parametrize("measures", SUBSETS, ids=" ".join)
