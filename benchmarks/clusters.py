@@ -10,14 +10,11 @@ together: other work on the machine counts less there. "again" is the same thing
 the SVD, which takes minutes.
 """
 
-import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from common import Row, arguments, report, timed_by
+from common import Row, arguments, cpu_seconds_of, report, timed_by
 from torch import Tensor
 
 from measures.grouping import Recipe, agreement, hdbscan, of_layer
@@ -128,13 +125,6 @@ def scikit_learn(points: np.ndarray) -> np.ndarray:
 
     size = RECIPE.min_cluster_size
     return HDBSCAN(min_cluster_size=size, min_samples=size, copy=True).fit_predict(points.astype(np.float64))
-
-
-def cpu_seconds_of(run: Callable[[], Any]) -> float:
-    """How long one call keeps CPUs busy, all threads together."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -72,6 +72,13 @@ def seconds_of(run: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds_of(run: Callable[[], Any]) -> float:
+    """How long one call keeps CPUs busy, all threads together."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def synchronise(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
