@@ -3,15 +3,13 @@
 import csv
 import doctest
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, Run, assert_same_run, finish, signal_at
+from processes import Run, assert_same_run, finish, signal_at
 from torch import nn
 
 import datasets
@@ -210,22 +208,6 @@ def test_a_killed_run_ends_with_the_figures_of_an_uninterrupted_one(in_an_empty_
     assert status == -signal.SIGKILL
     assert finish(["--resume", "lightning_logs/cut"], here)[0] == 0
     assert_same_run(here / RUN / "cut", here / RUN / "whole")
-
-
-def test_figures_are_those_of_one_device_on_two(in_an_empty_folder):
-    for name, devices in (("one", "1"), ("two", "2")):
-        argv = [*LINE, "-e", "1", "--name", name, "--accelerator", "cpu", "--devices", devices, "--measure-at", "0",
-                "--perturb", "input", "hidden2", "--precision", "64-true", *SMALL]  # fmt: skip
-        argv += ["--look-samples", "0"]  # more than a chunk: each process has one
-        done = subprocess.run([sys.executable, ROOT / "main.py", *argv], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    one, two = (rows(name)[0] for name in ("one", "two"))
-    columns = [name for name in one if name.startswith(("landscape/", "perturb/"))]
-    assert len(columns) == 2 + 4 * 3 + 2 * 6
-    # float64: other orders of sums, 1e-16; eigenvectors turn by that over the gap between eigenvalues
-    assert {name: float(two[name]) for name in columns} == pytest.approx(
-        {name: float(one[name]) for name in columns}, rel=1e-7, abs=1e-9
-    )
 
 
 @pytest.mark.parametrize(

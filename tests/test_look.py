@@ -199,10 +199,12 @@ def test_figures_are_those_of_one_device_on_two(in_an_empty_folder):
     for name, devices in (("one", "1"), ("two", "2")):
         argv = [*LINE, "-e", "1", "--name", name, "--accelerator", "cpu", "--devices", devices, "--measure-at", "0",
                 "--look-samples", "0", "--look-dense", "0", "--look", *asked, "--precision", "64-true"]  # fmt: skip
+        argv += ["--landscape", "--landscape-steps", "3", "--landscape-map", "0"]
+        argv += ["--perturb", "hidden1", "--perturb-draws", "1"]
         done = subprocess.run([sys.executable, ROOT / "main.py", *argv], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     one, two = (rows(name)[0] for name in ("one", "two"))
-    columns = [name for name in one if name.startswith("look/")]
+    columns = [name for name in one if name.startswith(("look/", "landscape/", "perturb/"))]
     # float64: other orders of sums, 1e-16; eigenvalues of one search, whose start is the same
     assert {name: float(two[name]) for name in columns} == pytest.approx(
         {name: float(one[name]) for name in columns}, rel=1e-5, abs=1e-9, nan_ok=True
