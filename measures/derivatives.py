@@ -5,7 +5,6 @@ Letters: N samples, B of a chunk, C classes, p parameters, n dimension of a laye
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from measures.layers import CALL, hookable_layers, shapes_of_layers, traced
+from measures.layers import CALL, hookable_layers, perhaps_layers, shapes_of_layers, traced
 from measures.passes import untouched
 from run.errors import UserError
 from run.expressions import INPUT, OUTPUT, Expression, ExpressionError, Name
@@ -171,11 +170,9 @@ class View:
     def _refuse_independent(self, of: Name, at: Name, expression: Expression) -> None:
         with self.at_rest():
             _, found = self.run(slice(0, 1), [of, at])
-            value = found[of.name].sum()
-            gradient = (
-                torch.autograd.grad(value, [found[at.name]], allow_unused=True) if value.requires_grad else [None]
-            )
-        if gradient[0] is None or of.name == at.name:
+            value, h = found[of.name].sum(), found[at.name]
+            depends = value.requires_grad and torch.autograd.grad(value, [h], allow_unused=True)[0] is not None
+        if not depends or of.name == at.name:
             raise self.mistake(f"{of} does not depend on {at}: it comes after it, or beside it", at, expression)
 
     def shape_of(self, name: Name, expression: Expression) -> tuple[int, ...]:
@@ -202,7 +199,7 @@ class View:
                 self.shapes[name.name] = found[name.name]
                 return found[name.name]
             raise self.mistake(f"{name.name} does not return one tensor once", name, expression)
-        raise self.mistake(f"there is no layer {name.name!r}{perhaps_some(name.name, self.shapes)}", name, expression)
+        raise self.mistake(f"there is no layer {name.name!r}{perhaps_layers(name.name, self.shapes)}", name, expression)
 
     def size_of(self, name: Name, expression: Expression) -> int:
         return math.prod(self.shape_of(name, expression))
@@ -213,11 +210,10 @@ class View:
         chosen = {key: tensors[key] for key in tensors if _means(name.name, key)}
         if not chosen:
             modules = [
-                key for key, part in self.network.named_modules() if key and any(True for _ in part.parameters())
+                key for key, part in self.network.named_modules() if key and next(part.parameters(), None) is not None
             ]
-            raise self.mistake(
-                f"no parameter is called {name.name!r}{perhaps_some(name.name, [*tensors, *modules])}", name, expression
-            )
+            close = perhaps_layers(name.name, [*tensors, *modules])
+            raise self.mistake(f"no parameter is called {name.name!r}{close}", name, expression)
         if name.index:
             if len(chosen) > 1:
                 names = ", ".join(chosen)
@@ -391,19 +387,19 @@ class View:
         """Refuse what takes more numbers than are held at once: of so many samples, or of those here."""
         num = len(self) if num_samples is None else num_samples
         of, *at = (self._length(name, expression) for name in (expression.of, *expression.at))
-        place = expression.at[0].kind if at else ""
-        factors = {
-            ("", "f"): (num, of),
-            ("grad", "loss", "f"): (num, *at[:1]),
-            ("grad", "f", "f"): (of, *at[:1]),
-            ("grad", "f", "theta"): (num, of, *at[:1]),
-        }.get((expression.derivative, expression.of.kind, place) if place else ("", expression.of.kind), ())
-        if math.prod(factors) > LARGEST:
-            product = " × ".join(map(str, factors))
-            raise UserError(
-                f"{expression} takes {product} numbers, and at most 2^28 are held: lower --look-samples, or look at "
-                "fewer outputs or parameters"
-            )
+        kinds = expression.derivative, expression.of.kind, *(name.kind for name in expression.at)
+        matrices = {
+            ("", "f"): [(num, of)],
+            ("grad", "loss", "f"): [(num, *at)],
+            ("grad", "f", "f"): [(of, *at)],
+            ("grad", "f", "theta"): [(num, of, *at), (num, of, num, of)],  # J, and K = J Jᵀ
+        }
+        for factors in matrices.get(kinds, []):
+            if math.prod(factors) > LARGEST:
+                raise UserError(
+                    f"{expression} takes {' × '.join(map(str, factors))} numbers, and at most 2^28 are held: lower "
+                    "--look-samples, or look at fewer outputs or parameters"
+                )
 
     def _length(self, name: Name, expression: Expression) -> int:
         if name.kind == "loss":
@@ -545,12 +541,6 @@ def exact_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def perhaps_some(name: str, names: Sequence[str]) -> str:
-    """`; perhaps fc.weight or fc.bias`; nothing where nothing is called alike."""
-    close = difflib.get_close_matches(name, list(names), n=3)
-    return f"; perhaps {' or '.join(close)}" if close else ""
 
 
 def _means(pattern: str, name: str) -> bool:

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from measures.derivatives import Parameters, View
 from measures.layers import example_of
-from measures.look import SAMPLES, Look
 from measures.quantities import Hessian, Wanted, quantity
 from measures.spectra import pca
+from measures.viewing import Viewing
 from run.errors import NotFinite, UserError, WrongFlag
 from run.expressions import Expression, Name
 from run.seeds import seed_from
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from run.console import Console
     from run.run_folder import RunFolder
 
@@ -39,8 +38,8 @@ MARGIN = 0.1  # of the path's extent, on either side of it
 FLAT = 1e-12  # of the variance: a path with less of it beside a line is one
 
 
-class Landscape(Look):
-    """Logs the loss L(θ + α v) around the network along directions v, on the samples that `Look` looks at.
+class Landscape(Viewing):
+    """Logs the loss L(θ + α v) around the network along directions v, on the samples that `Viewing` sees.
 
     Directions are `eig1` and `eig2`, unit eigenvectors of the Hessian's two largest eigenvalues, `gradient`, the unit
     gradient, each turned so that the loss does not fall at first; and `random`, see `random_direction`. A gradient of
@@ -65,15 +64,14 @@ class Landscape(Look):
     def __init__(
         self,
         *,
-        samples: int = SAMPLES,
         span: float = SPAN,
         steps: int = STEPS,
         map_steps: int = MAP_STEPS,
         wanted: Wanted | None = None,
         **common: Any,
     ) -> None:
-        super().__init__((), samples=samples, wanted=wanted, **common)
-        self.span, self.steps, self.map_steps = span, steps, map_steps
+        super().__init__(**common)
+        self.span, self.steps, self.map_steps, self.wanted = span, steps, map_steps, wanted or Wanted()
 
     @classmethod
     def from_flags(cls, args: Namespace, common: Mapping[str, Any], folder: RunFolder, console: Console) -> Landscape:
@@ -88,11 +86,6 @@ class Landscape(Look):
         )
 
     @staticmethod
-    def plan(args: Namespace, dataset: Dataset) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    @staticmethod
     def refuse_layers(args: Namespace, layers: Collection[str], network: nn.Module, shape: Sequence[int]) -> None:
         """Refuse networks in which a sample's loss depends on the others."""
         try:
@@ -102,14 +95,15 @@ class Landscape(Look):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The columns, of the samples of the set."""
-        [split] = self.sets
-        view, _ = self.view_and_groups(trainer, pl_module, split)
+        view, _ = self.view_of(trainer, pl_module)
+        seed = pl_module.hparams.get("seed")
+        wanted = self.wanted._replace(seed=seed_from("look", seed))
         loss, accuracy = view.loss_and_accuracy()
         if not math.isfinite(loss):
             raise NotFinite("the loss of the samples is infinite or nan.")
-        hessian = quantity(view, HESSIAN, self.wanted)
-        gradient = quantity(view, GRADIENT, self.wanted).values.double()
-        directions = directions_of(view, hessian, gradient, self.wanted, pl_module.hparams.get("seed"))
+        hessian = quantity(view, HESSIAN, wanted)
+        gradient = quantity(view, GRADIENT, wanted).values.double()
+        directions = directions_of(view, hessian, gradient, wanted, seed)
         alphas = symmetric(self.span, self.steps)
         values = {"landscape/loss": loss, "landscape/accuracy": accuracy}
         self.arrays = {"alphas": alphas}
@@ -134,10 +128,9 @@ class Landscape(Look):
             return {}
         if len(modules) < LEAST_PATH:
             return self._without_path(f"a plane takes {LEAST_PATH} networks, and there are {len(modules)}")
-        [split] = self.sets
         thetas, losses, sources = [], [], []
         for module in modules:  # one at a time
-            view, _ = self.view_and_groups(trainer, module, split)
+            view, _ = self.view_of(trainer, module)
             thetas.append(parameters_of(view).values.double().cpu())
             losses.append(view.loss_and_accuracy()[0])
             sources.append(module.source)

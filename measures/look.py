@@ -5,9 +5,7 @@ Letters: N samples, p parameters, G groups.
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,16 +14,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from classifier import loss_of
-from measures.derivatives import Loss, View
+from measures.derivatives import View
 from measures.layers import example_of
-from measures.measure import Measure
-from measures.quantities import Hessian, Quantity, Rows, Vector, Wanted, average, quantity
+from measures.quantities import Hessian, Quantity, Rows, Vector, Wanted, average, quantity, share_in
 from measures.rank import Fold
-from measures.samples import Chosen, labels_in, stratified
+from measures.viewing import Viewing
+from run.catalogue import eigenvalues
 from run.errors import UserError, WrongFlag
 from run.expressions import SHORT, Expression, Name, parse
-from run.ranks import Ranks
 from run.seeds import seed_from
 
 if TYPE_CHECKING:
@@ -33,17 +29,13 @@ if TYPE_CHECKING:
     from run.console import Console
     from run.run_folder import RunFolder
 
-SAMPLES = 1000
 TRAINING_TRACE_PROBES = 10  # per epoch; with --look-probes P it is 20 P, as with --measure
 PATH = 100_000  # parameters up to which a path is kept as it is, and numbers of its sketch beyond
-GROUPS = ("class", "cluster", "batch")
 
 
-class Look(Measure):
+class Look(Viewing):
     """Logs quantities of the network, `look/NAME/STATISTIC` and `look/NAME/GROUP/STATISTIC`, NAME an expression's.
 
-    The samples are the same in every epoch: at most `samples` of a set, stratified by class from the run's seed. They
-    are looked at in eval mode and in float32 (float64 where the network has it); a network of a coarser type is copied.
     `by` are the kinds of groups whose averages are looked at beside that of all samples.
 
     Eigenvalues, singular values and densities are kept as arrays, `NAME/ARRAY` and `NAME/GROUP/ARRAY`; between the
@@ -56,17 +48,15 @@ class Look(Measure):
         self,
         expressions: Sequence[str],
         *,
-        samples: int = SAMPLES,
         by: Sequence[str] = (),
         batch_size: int = 256,
         wanted: Wanted | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(**{"sets": ("train",)} | common)
-        self.expressions, self.samples, self.by = list(expressions), samples, tuple(by)
+        super().__init__(**common)
+        self.expressions, self.by = list(expressions), tuple(by)
         self.batch_size, self.wanted = batch_size, wanted or Wanted()
         self._paths: dict[str, dict[int, Tensor]] = {}
-        self._has_told = False
 
     @classmethod
     def from_flags(cls, args: Namespace, common: Mapping[str, Any], folder: RunFolder, console: Console) -> Look:
@@ -81,11 +71,10 @@ class Look(Measure):
             tolerance=args.look_tolerance,
             trace_probes=20 * probes or TRAINING_TRACE_PROBES,
             probes=probes,
-            parts=dict(part.split(":") for part in args.look_parts or ()),
+            parts={kind: int(k) for kind, _, k in (part.partition(":") for part in args.look_parts or ())},
             tail=args.look_tail,
             keep=args.look_arrays,
         )
-        wanted = wanted._replace(parts={kind: int(k) for kind, k in wanted.parts.items()})
         batch_size = args.batch_size if isinstance(args.batch_size, int) else 256
         return cls(
             args.look,
@@ -114,34 +103,27 @@ class Look(Measure):
         columns: dict[str, Expression] = {}
         try:
             view = View(network, example_of(network, shape), torch.zeros(2, dtype=torch.int64))
-            for expression in expanded(args.look, view, layers):
+            expressions = expanded(args.look, view, layers)
+            for expression in expressions:
                 view.check(expression)
                 view.refuse_large(expression, args.look_samples)
         except UserError as error:
             raise WrongFlag(f"argument --look: {error}") from None
-        for expression in expanded(args.look, view, layers):
+        for expression in expressions:
             other = columns.setdefault(expression.column, expression)
             if other != expression:
                 raise WrongFlag(f"argument --look: {other} and {expression} have one name: {expression.column}")
 
     def line(self) -> str:
-        """`hess-loss-theta: 13.65 12.89 11.58, trace 129.9 ± 5.3`, of every Hessian."""
-        lines = []
-        for column in (name.removesuffix("/eig1") for name in self.values if name.endswith("/eig1")):
-            if column.count("/") == 1:  # of all samples, not of a group
-                top = [self.values[f"{column}/eig{i}"] for i in range(1, 4) if f"{column}/eig{i}" in self.values]
-                trace, error = (self.values[f"{column}/{name}"] for name in ("trace", "trace_error"))
-                sure = f" ± {error:.2g}" if error > 0 else ""
-                shown = " ".join(f"{value:.4g}" for value in top)
-                lines.append(f"{column.removeprefix('look/')}: {shown}, trace {trace:.4g}{sure}")
-        return "\n".join(lines)
+        """The largest eigenvalues of every Hessian."""
+        return eigenvalues(self.values)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The figures of all expressions, of all samples and of their groups."""
-        [split] = self.sets
-        view, groups = self.view_and_groups(trainer, pl_module, split)
+        view, index = self._seen(trainer, pl_module)
+        groups = {kind: self._groups(kind, trainer, view, index) for kind in self.by}
         expressions = expanded(self.expressions, view, self.layers or ())
-        self.arrays, values = {}, {}
+        self.arrays, values, overlaps = {}, {}, Overlaps()
         self.settings = {
             "expressions": {expression.column: str(expression) for expression in expressions},
             "math": {expression.column: expression.math for expression in expressions},
@@ -150,114 +132,65 @@ class Look(Measure):
             "dtype": str(view.dtype),
             **{name: value for name, value in self.wanted._asdict().items() if name != "seed"},
         }
-        by_expression = {}
         for expression in expressions:
-            figures, found = self._of_all(view, expression, epoch)
-            by_expression[expression] = found
-            figures |= self._of_groups(view, groups, expression, found)
-            values |= {f"look/{expression.column}/{name}": value for name, value in figures.items()}
-        for expression, found in by_expression.items():
-            values |= self._share(expression, found, by_expression)
-        return values
+            found = quantity(view, expression, self.wanted)
+            values |= self._kept(expression, found, overlaps)
+            if expression.of.kind != "theta":  # in parameters no sample has a part
+                values |= self._of_groups(groups, expression)
+            elif not expression.norms_only:
+                values |= under(expression, self._path(expression.column, found.values, epoch))
+        return values | overlaps.shares()
 
     def measure_average(self, trainer: Trainer, modules: Sequence[LightningModule]) -> dict[str, float]:
         """The figures of the quantities' averages over several networks."""
-        [split] = self.sets
-        views = [self.view_and_groups(trainer, module, split)[0] for module in modules]
-        by_expression, values = {}, {}
-        self.arrays = {}
+        views = [self._seen(trainer, module)[0] for module in modules]
+        self.arrays, values, overlaps = {}, {}, Overlaps()
         for expression in expanded(self.expressions, views[0], self.layers or ()):
-            found = average([self._quantity(view, expression) for view in views])
-            figures, arrays = found.found(self.wanted)
-            by_expression[expression] = found
-            self.arrays |= {f"{expression.column}/{name}": array for name, array in arrays.items()}
-            values |= {f"look/{expression.column}/{name}": value for name, value in figures.items()}
-        for expression, found in by_expression.items():
-            values |= self._share(expression, found, by_expression)
-        return values
+            found = average([quantity(view, expression, self.wanted) for view in views])
+            values |= self._kept(expression, found, overlaps)
+        return values | overlaps.shares()
 
-    def view_and_groups(
-        self, trainer: Trainer, pl_module: LightningModule, split: str
-    ) -> tuple[View, dict[str, dict[str, Tensor]]]:
-        """The network and the samples that are looked at, and by kind the groups' samples by name."""
-        batches = self.batches(trainer, split)
-        labels, seed = labels_in(batches).cpu(), pl_module.hparams.get("seed")
-        self.wanted = self.wanted._replace(seed=seed_from("look", seed))
-        index = stratified(labels, self.samples or len(labels), seed_from("look samples", seed, split))
-        x = torch.cat([x for _, x in Chosen(batches, index)])
-        network = self._precise(pl_module.network)
-        view = View(network, x, labels[index], chunk=self._chunk(), keeps_graphs=self._parts == 1,
-                    ranks=Ranks.of(trainer), loss=loss_of_training(pl_module))  # fmt: skip
-        return view, {kind: self._groups(kind, trainer, labels[index], index, split) for kind in self.by}
+    def _seen(self, trainer: Trainer, pl_module: LightningModule) -> tuple[View, Tensor]:
+        self.wanted = self.wanted._replace(seed=seed_from("look", pl_module.hparams.get("seed")))
+        return self.view_of(trainer, pl_module)
 
-    def _chunk(self) -> int | None:
-        return None if self._parts == 1 else max(1, 256 // self._parts)
-
-    def _precise(self, network: nn.Module) -> nn.Module:
-        """The network, or a copy of it in float32 where its own type is coarser."""
-        dtype = next(network.parameters()).dtype
-        if dtype.itemsize >= 4:
-            return network
-        if not self._has_told:
-            self._has_told = True
-            warnings.warn(
-                f"{self.name}: the network is {dtype}; it is looked at in float32.".replace("torch.", ""), stacklevel=2
-            )
-        return copy.deepcopy(network).float()
-
-    def _groups(self, kind: str, trainer: Trainer, y: Tensor, index: Tensor, split: str) -> dict[str, Tensor]:
-        """Places among the samples, by the group's name."""
-        if kind == "class":
-            return {f"class{c}": (y == c).nonzero()[:, 0] for c in y.unique().tolist()}
-        if kind == "batch":
-            order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.wanted.seed))
-            return {f"batch{i}": part.sort().values for i, part in enumerate(order.split(self.batch_size))}
-        return clusters_of(trainer, index, split)
-
-    def _of_all(self, view: View, expression: Expression, epoch: int) -> tuple[dict[str, float], Quantity]:
-        quantity_of_all = self._quantity(view, expression)
-        figures, arrays = quantity_of_all.found(self.wanted)
+    def _kept(self, expression: Expression, found: Quantity, overlaps: Overlaps) -> dict[str, float]:
+        """The columns of a quantity of all samples; its arrays are kept."""
+        figures, arrays = found.found(self.wanted)
         self.arrays |= {f"{expression.column}/{name}": array for name, array in arrays.items()}
-        if not expression.derivative and expression.of.kind == "theta" and not expression.norms_only:
-            figures |= self._path(expression.column, quantity_of_all.values, epoch)
-        return figures, quantity_of_all
+        overlaps.note(expression, found, self.wanted)
+        return under(expression, figures)
 
-    def _of_groups(
-        self, view: View, groups: Mapping[str, Mapping[str, Tensor]], expression: Expression, whole: Quantity
-    ) -> dict[str, float]:
-        """Each group's figures, and of vectors what the groups have in common."""
-        values: dict[str, float] = {}
-        if not expression.derivative and expression.of.kind == "theta":
-            return values  # no sample has a part in it
+    def _groups(self, kind: str, trainer: Trainer, view: View, index: Tensor) -> dict[str, View]:
+        """The network on the samples of each group, by the group's name."""
+        y = view.y.cpu()
+        if kind == "class":
+            members = {f"class{c}": (y == c).nonzero()[:, 0] for c in y.unique().tolist()}
+        elif kind == "batch":
+            order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.wanted.seed))
+            members = {f"batch{i}": part.sort().values for i, part in enumerate(order.split(self.batch_size))}
+        else:
+            members = clusters_of(trainer, index, self.sets[0])
+        return {name: view.of(places) for name, places in members.items()}
+
+    def _of_groups(self, groups: Mapping[str, Mapping[str, View]], expression: Expression) -> dict[str, float]:
+        """The columns of each group, and of vectors what the groups have in common."""
+        figures: dict[str, float] = {}
         for kind, members in groups.items():
             vectors = []
-            for name, places in members.items():
-                found = self._quantity(view.of(places), expression)
-                figures, arrays = found.found(self.wanted)
-                values |= {f"{name}/{statistic}": value for statistic, value in figures.items()}
+            for name, view in members.items():
+                found = quantity(view, expression, self.wanted)
+                of_group, arrays = found.found(self.wanted)
+                figures |= {f"{name}/{statistic}": value for statistic, value in of_group.items()}
                 self.arrays |= {f"{expression.column}/{name}/{key}": array for key, array in arrays.items()}
                 if isinstance(found, Vector | Rows):
                     vectors.append(found.values if isinstance(found, Vector) else found.values.double().mean(0))
             if vectors:
-                weights = torch.tensor([len(places) for places in members.values()], dtype=torch.float64)
+                weights = torch.tensor([len(view) for view in members.values()], dtype=torch.float64)
                 more, cosines = between_groups(torch.stack(vectors).double(), weights)
-                values |= {f"{name}_{kind}": value for name, value in more.items()}
+                figures |= {f"{name}_{kind}": value for name, value in more.items()}
                 self.arrays[f"{expression.column}/cosines/{kind}"] = cosines
-        return values
-
-    def _quantity(self, view: View, expression: Expression) -> Quantity:
-        return quantity(view, expression, self.wanted)
-
-    def _share(
-        self, expression: Expression, found: Quantity, others: Mapping[Expression, Quantity]
-    ) -> dict[str, float]:
-        """`top_share`: the share of a gradient in the span of the top eigenvectors of the Hessian at the same place."""
-        if not (isinstance(found, Vector) and expression.derivative == "grad"):
-            return {}
-        hessian = others.get(Expression(expression.of, "hess", expression.at))
-        if not isinstance(hessian, Hessian):
-            return {}
-        return {f"look/{expression.column}/top_share": hessian.share(found.values, self.wanted)}
+        return under(expression, figures)
 
     def _path(self, column: str, theta: Tensor, epoch: int) -> dict[str, float]:
         """How far the parameters went since the first measured epoch, and by the last step, and how it turned."""
@@ -280,13 +213,35 @@ class Look(Measure):
         return figures
 
 
-def loss_of_training(pl_module: LightningModule) -> Loss:
-    """The loss that the network trains with, of each sample, without label smoothing."""
+class Overlaps:
+    """Which share of each gradient lies in the span of the top eigenvectors of the Hessian at the same place.
 
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
-        return loss_of(logits, y, pl_module.hparams, reduction="none")
+    Keeps of the quantities no more than these vectors: the graphs of Hessians are large.
+    """
 
-    return loss
+    def __init__(self) -> None:
+        self._gradients: dict[Expression, Tensor] = {}
+        self._tops: dict[Expression, Tensor] = {}
+
+    def note(self, expression: Expression, found: Quantity, wanted: Wanted) -> None:
+        if isinstance(found, Vector) and expression.derivative == "grad":
+            self._gradients[expression] = found.values
+        elif isinstance(found, Hessian) and expression.derivative == "hess":
+            self._tops[expression] = found.extremes(wanted)[0].vectors
+
+    def shares(self) -> dict[str, float]:
+        """The columns `top_share`."""
+        pairs = {gradient: Expression(gradient.of, "hess", gradient.at) for gradient in self._gradients}
+        return {
+            f"look/{gradient.column}/top_share": share_in(self._tops[hessian], self._gradients[gradient])
+            for gradient, hessian in pairs.items()
+            if hessian in self._tops
+        }
+
+
+def under(expression: Expression, figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures as the columns of an expression."""
+    return {f"look/{expression.column}/{name}": value for name, value in figures.items()}
 
 
 def expanded(texts: Sequence[str], view: View, layers: Collection[str]) -> list[Expression]:

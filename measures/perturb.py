@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from measures.derivatives import View
 from measures.layers import CALL, example_of
-from measures.look import SAMPLES, Look
+from measures.viewing import Viewing
 from run.errors import NotFinite, UserError, WrongFlag
 from run.expressions import INPUT, OUTPUT, Expression, ExpressionError, Name
 from run.seeds import seed_from
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from run.console import Console
     from run.run_folder import RunFolder
 
@@ -31,8 +30,8 @@ ALWAYS = (0.0, 1.0)  # sizes: no noise, and as much as there is of what it is ad
 DRAWS = 5
 
 
-class Perturb(Look):
-    """Logs how loss and accuracy change when a layer's output is disturbed, on the samples that `Look` looks at.
+class Perturb(Viewing):
+    """Logs how loss and accuracy change when a layer's output is disturbed, on the samples that `Viewing` sees.
 
     `places` are names of layers, those of `f(LAYER)`, `input` and `output` among them; without any, the input and the
     measured layers. Gaussian noise of standard deviation s · sqrt(mean h²), the mean over samples and units, is added
@@ -54,13 +53,12 @@ class Perturb(Look):
         self,
         places: Sequence[str] = (),
         *,
-        samples: int = SAMPLES,
         noise: Sequence[float] = NOISE,
         draws: int = DRAWS,
         channels: bool = True,
         **common: Any,
     ) -> None:
-        super().__init__((), samples=samples, **common)
+        super().__init__(**common)
         self.places, self.sizes = list(dict.fromkeys(places)), sorted({*noise, *ALWAYS})
         self.draws, self.channels = draws, channels
 
@@ -77,11 +75,6 @@ class Perturb(Look):
         )
 
     @staticmethod
-    def plan(args: Namespace, dataset: Dataset) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    @staticmethod
     def refuse_layers(args: Namespace, layers: Collection[str], network: nn.Module, shape: Sequence[int]) -> None:
         """Refuse names that are none of this network's layers."""
         try:
@@ -94,8 +87,7 @@ class Perturb(Look):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """The columns, of the samples of the set."""
-        [split] = self.sets
-        view, _ = self.view_and_groups(trainer, pl_module, split)
+        view, _ = self.view_of(trainer, pl_module)
         places, seed = self.places or [INPUT, *self.layers], pl_module.hparams.get("seed")
         clean = torch.tensor(view.loss_and_accuracy(), dtype=torch.float64)
         sizes, values = torch.tensor(self.sizes, dtype=torch.float64), {}
@@ -115,10 +107,6 @@ class Perturb(Look):
                 values |= changes("channel_worst", place, worst - clean)
         self.settings = {"samples": len(view), "dtype": str(view.dtype), "places": places, "draws": self.draws}
         return values
-
-    def measure_average(self, trainer: Trainer, modules: Sequence[LightningModule]) -> dict[str, float]:
-        """Nothing."""
-        return {}
 
 
 def changes(of: str, place: str, change: Tensor) -> dict[str, float]:

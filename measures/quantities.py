@@ -34,7 +34,6 @@ from run.errors import NotFinite, UserError
 from run.expressions import SHORT, Expression, parse
 
 MOST_ROWS = 4096  # the shorter side of a matrix up to which all its singular values are computed
-FIRST_OR_LAST = ("top", "bottom")
 
 
 class Wanted(NamedTuple):
@@ -410,12 +409,6 @@ class Hessian(Quantity):
             self._extremes = self.operator.extremes(top, bottom, wanted.tolerance)
         return self._extremes
 
-    def share(self, vector: Tensor, wanted: Wanted) -> float:
-        """‖P v‖² / ‖v‖² of a vector, P the projection onto the top eigenvectors."""
-        vectors, v = self.extremes(wanted)[0].vectors.double(), vector.double()
-        energy = float(v @ v)
-        return float((vectors @ v).square().sum()) / energy if energy else math.nan
-
 
 class SampleHessians(Hessian):
     """Each sample's Hessian with respect to its own activations (n × n): the mean over samples, and their spectra."""
@@ -511,6 +504,13 @@ class Block(Quantity):
         fro = operator.fro(wanted.trace_probes)
         figures |= {"fro": fro.value, "fro_error": fro.error, "spectral": float(sigma[0])}
         return figures, {"singular_values": sigma}
+
+
+def share_in(vectors: Tensor, v: Tensor) -> float:
+    """‖P v‖² / ‖v‖² of a vector (p,), P the projection onto orthonormal vectors (k, p); nan of zeros."""
+    v = v.double()
+    energy = float(v @ v)
+    return float((vectors.double() @ v).square().sum()) / energy if energy else math.nan
 
 
 def symmetric_of(matrix: Tensor, wanted: Wanted) -> Symmetric:

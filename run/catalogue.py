@@ -93,13 +93,13 @@ def equiseparation(row: Mapping[str, str]) -> str:
     return "equi-separation, log NC1 over the layers: " + "; ".join(fits) if fits else ""
 
 
-def eigenvalues(row: Mapping[str, str]) -> str:
-    """The largest eigenvalues of every Hessian, with its trace."""
+def eigenvalues(row: Mapping[str, Any]) -> str:
+    """The largest eigenvalues of every Hessian of all samples, with its trace."""
     lines = []
     for name in (column.removesuffix("/eig1") for column in row if column.endswith("/eig1") and column.count("/") == 2):
-        top = [float(row[f"{name}/eig{i}"]) for i in range(1, 4) if f"{name}/eig{i}" in row]
-        trace = f", trace {float(row[f'{name}/trace']):.4g}" if f"{name}/trace" in row else ""
-        lines.append(f"{name}: largest eigenvalues {', '.join(f'{value:.4g}' for value in top)}{trace}")
+        top = ", ".join(f"{float(row[f'{name}/eig{i}']):.4g}" for i in range(1, 4) if f"{name}/eig{i}" in row)
+        trace, error = (float(row[f"{name}/{figure}"]) for figure in ("trace", "trace_error"))
+        lines.append(f"{name}: largest eigenvalues {top}, trace {trace:.4g}{f' ± {error:.2g}' if error > 0 else ''}")
     return "\n".join(lines)
 
 

@@ -115,6 +115,7 @@ TESTED_WITH = {
     "measures.heads": "test_decodable_information",
     "measures.measure": "test_main",
     "measures.samples": "test_clusters",
+    "measures.viewing": "test_look",
     "figures.kept": "test_figures_clusters",
     "figures.kept_clusters": "test_figures_clusters",
     "figures.labels": "test_figures_layerwise",

@@ -3,7 +3,6 @@
 import csv
 import doctest
 import math
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, Run, assert_same_run, finish, signal_at
+from processes import ROOT, assert_killed_ends_as_whole, finish
 from torch import nn
 
 import datasets
@@ -59,7 +58,7 @@ def test_a_run_logs_what_look_says_of_its_checkpoint(in_an_empty_folder):
     assert logged("hess-loss-theta/eig3") == close(float(H.top(3).values[2]))
     assert logged("hess-loss-theta/min1") == close(float(H.bottom(1).values[0]))
     assert logged("hess-loss-theta/trace") == close(float(H.matrix().trace()))
-    assert logged("grad-loss-theta/top_share") == close(H.share(g.values, quantities.Wanted()))
+    assert logged("grad-loss-theta/top_share") == close(quantities.share_in(H.top(5).vectors, g.values))
     assert logged("theta/norm") == close(sum(float(p.detach().square().sum()) for p in network.parameters()) ** 0.5)
     weight = network.hidden2.linear.weight.detach()
     assert logged("theta-hidden2.linear.weight/spectral") == close(float(torch.linalg.matrix_norm(weight, 2)))
@@ -145,13 +144,8 @@ def test_training_is_the_same_to_the_bit_with_and_without(in_an_empty_folder):
 
 
 def test_a_killed_run_ends_with_the_figures_of_an_uninterrupted_one(in_an_empty_folder):
-    here, line = Path.cwd(), [*LINE, "--look", "theta", "hessian", "--look-dense", "0", "--look-by", "batch"]
-    assert finish([*line, "--name", "whole"], here)[0] == 0
-    meddle = partial(signal_at, "run.files:os.replace", 8, signal.SIGKILL)
-    status, _ = Run([*line, "--name", "cut"], here, meddle=meddle).end()
-    assert status == -signal.SIGKILL
-    assert finish(["--resume", "lightning_logs/cut"], here)[0] == 0
-    assert_same_run(here / RUN / "cut", here / RUN / "whole")
+    line = [*LINE, "--look", "theta", "hessian", "--look-dense", "0", "--look-by", "batch"]
+    assert_killed_ends_as_whole(line, Path.cwd(), 8)
 
 
 def test_a_checkpoint_measured_again_gives_the_runs_figures(in_an_empty_folder):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from measures.derivatives import View
-from measures.quantities import Wanted, average, look, quantity
+from measures.quantities import Wanted, average, look, quantity, share_in
 from networks import build_network
 from run.errors import NotFinite, UserError
 from run.expressions import parse
@@ -420,6 +420,13 @@ def test_what_takes_too_many_numbers_is_refused(data):
         look(network, data[0].float(), data[1], "grad(f(output), theta)")
 
 
+def test_a_kernel_of_too_many_samples_is_refused_however_few_parameters_it_is_of(cnn, data):
+    view = View(cnn, *data)
+    with pytest.raises(UserError, match="takes 6000 × 3 × 6000 × 3 numbers"):
+        view.refuse_large(parse("grad(f(output), theta(fc.bias))"), 6000)
+    view.refuse_large(parse("grad(f(output), theta(fc.bias))"), 5000)
+
+
 def test_a_network_that_mixes_samples_is_refused(data):
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(),
                             nn.Linear(32, C)).double()  # fmt: skip
@@ -438,7 +445,7 @@ def test_the_share_of_a_gradient_in_the_top_eigenspace(cnn, data):
     H = look(cnn, *data, "hess(loss, theta)")
     vectors = H.operator.pairs().vectors
     mixed = 3 * vectors[0] + 4 * vectors[-1]
-    assert H.share(mixed, Wanted(top=2)) == pytest.approx(9 / 25)
+    assert share_in(H.top(2).vectors, mixed) == pytest.approx(9 / 25)
 
 
 def test_samples_that_are_there_anyway_do_not_count_as_memory_of_a_graph(cnn, data):
