@@ -205,6 +205,18 @@ def timed_whole_run(line: Sequence[str], folder: Path) -> float:
     return time.monotonic() - start
 
 
+def assert_killed_ends_as_whole(line: Sequence[str], folder: Path, number: int) -> None:
+    """A run killed as it puts its file of this number in place, and resumed, equals one that nothing disturbed."""
+    status, told = finish([*line, "--name", "whole"], folder)
+    assert status == 0, told
+    meddle = partial(signal_at, "run.files:os.replace", number, signal.SIGKILL)
+    status, _ = Run([*line, "--name", "cut"], folder, meddle=meddle).end()
+    assert status == -signal.SIGKILL
+    status, told = finish(["--resume", "lightning_logs/cut"], folder)
+    assert status == 0, told
+    assert_same_run(folder / "lightning_logs/cut", folder / "lightning_logs/whole")
+
+
 def kill_and_resume(line: Sequence[str], folder: Path, name: str, delays: Sequence[float]) -> list[int]:
     """Start a run, kill it after the first delay, resume it, kill it after the second, …; then let it end.
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, Run, arrays_of, assert_same_run, finish, signal_at
+from processes import ROOT, Run, arrays_of, assert_killed_ends_as_whole, assert_same_run, finish, signal_at
 from two_ranks import on_two_ranks
 
 import datasets
@@ -309,13 +309,8 @@ def test_a_run_logs_and_keeps_what_its_recipe_gives_and_measures_its_checkpoint_
 
 
 def test_a_killed_run_ends_with_the_clusters_of_an_uninterrupted_one(in_an_empty_folder):
-    here, line = Path.cwd(), [*LINE, "--tsne", "--layers", "hidden1"]  # maps start from those of the epoch before
-    assert finish([*line, "--name", "whole"], here)[0] == 0
-    meddle = partial(signal_at, "run.files:os.replace", 8, signal.SIGKILL)
-    status, _ = Run([*line, "--name", "cut"], here, meddle=meddle).end()
-    assert status == -signal.SIGKILL
-    assert finish(["--resume", "lightning_logs/cut"], here)[0] == 0
-    assert_same_run(here / RUN / "cut", here / RUN / "whole")
+    line = [*LINE, "--tsne", "--layers", "hidden1"]  # maps start from those of the epoch before
+    assert_killed_ends_as_whole(line, Path.cwd(), 8)
 
 
 def test_a_killed_run_ends_with_the_activations_of_an_uninterrupted_one(in_an_empty_folder):

@@ -12,6 +12,7 @@ from made_runs import ROOT, legend_labels, lines, load, make_run, panels, senten
 import plots
 from figures.look_matrices import block_means, principal_plane
 from run.arrays import Arrays
+from run.catalogue import MEASURES, found
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -25,16 +26,7 @@ MATH = {
     JACOBIAN: r"$\partial f / \partial x$",
     "theta": r"$\theta$",
 }
-FIGURES = (
-    plots.spectra,
-    plots.eigenvalues_over_epochs,
-    plots.look_over_epochs,
-    plots.matrices,
-    plots.gradient_cosines,
-    plots.jacobian_singular_values,
-    plots.ntk_spectrum,
-    plots.path,
-)
+FIGURES = tuple(found(name) for about in MEASURES if about.name == "look" for name in about.figures)
 
 
 def with_looks(folder, seed=0, error=None, **options):

@@ -2,14 +2,13 @@
 
 import csv
 import doctest
-import signal
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import Run, assert_same_run, finish, signal_at
+from processes import assert_killed_ends_as_whole, finish
 from torch import nn
 
 import datasets
@@ -201,13 +200,8 @@ def test_training_is_the_same_to_the_bit_with_and_without(in_an_empty_folder):
 
 
 def test_a_killed_run_ends_with_the_figures_of_an_uninterrupted_one(in_an_empty_folder):
-    here, line = Path.cwd(), [*LINE, "--perturb", "input", "hidden2", *SMALL]
-    assert finish([*line, "--name", "whole"], here)[0] == 0
-    meddle = partial(signal_at, "run.files:os.replace", 11, signal.SIGKILL)
-    status, _ = Run([*line, "--name", "cut"], here, meddle=meddle).end()
-    assert status == -signal.SIGKILL
-    assert finish(["--resume", "lightning_logs/cut"], here)[0] == 0
-    assert_same_run(here / RUN / "cut", here / RUN / "whole")
+    line = [*LINE, "--perturb", "input", "hidden2", *SMALL]
+    assert_killed_ends_as_whole(line, Path.cwd(), 11)
 
 
 @pytest.mark.parametrize(
