@@ -42,7 +42,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/core
+bench: $(VENV)/test
 	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(ARGS); done
 	$(BIN)/python benchmarks/refresh_readme.py
 

@@ -8,8 +8,7 @@ its own, so that what it builds once counts, and in a process of its own, which 
 are what the peak lies above what the process held before the search. Seconds are the CPU's, all threads together: other
 work on the machine counts less there. Residuals ‖Hv - λv‖ are those of one more product each, by double backward, which
 is no code of either. The two do not stop at the same point: of eigsh each residual is to fall below 10⁻³ of its own
-eigenvalue, and ours looks a second time whether an eigenvalue has copies. Without curvlinops, which is installed by
-`pip install curvlinops-for-pytorch`, ours is timed alone.
+eigenvalue, and ours looks a second time whether an eigenvalue has copies. curvlinops is of requirements-test.txt.
 """
 
 import json
@@ -25,18 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import Row, Times, arguments, cpu_seconds_of, in_fresh_process, report, timed_by
+from curvlinops import HessianLinearOperator
 from one_nc1 import resident
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import build_network
 from utils import look
-
-try:
-    from curvlinops import HessianLinearOperator
-    from scipy.sparse.linalg import LinearOperator, eigsh
-except ImportError:
-    HessianLinearOperator = None
 
 SIDE = 28  # pixels
 NUM_CLASSES = 10
@@ -65,8 +60,6 @@ def main() -> None:
     if args.alone:
         print(json.dumps(searched(*args.alone)))
         return
-    if HessianLinearOperator is None:
-        print("curvlinops is not installed (pip install curvlinops-for-pytorch), so ours is timed alone.\n")
     tables = {}
     for name, make, rounds in cases(args.quick):
         case = make()
@@ -141,7 +134,7 @@ def curvlinops(case: Case) -> Found:
     return Found(torch.tensor(values[order]), torch.tensor(vectors.T[order]), num_products)
 
 
-WAYS = {"ours": ours} if HessianLinearOperator is None else {"ours": ours, "curvlinops": curvlinops}
+WAYS = {"ours": ours, "curvlinops": curvlinops}
 
 
 def compared(case: Case, rounds: int) -> list[Row]:

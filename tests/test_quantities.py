@@ -4,6 +4,7 @@ import copy
 import math
 from itertools import pairwise
 
+import curvlinops
 import pytest
 import torch
 from torch import nn
@@ -113,7 +114,6 @@ def test_a_float32_networks_top_five_are_within_1e_5_of_the_dense_ones(data):
 
 
 def test_products_are_those_of_curvlinops(cnn, data):
-    curvlinops = pytest.importorskip("curvlinops")
     cnn.eval().relu.inplace = False
     parameters = list(cnn.parameters())
     theirs = curvlinops.HessianLinearOperator(cnn, nn.CrossEntropyLoss(), parameters, [data])
