@@ -16,6 +16,7 @@ FLOORS = (
     "figures",
     "classifier",
     "networks",
+    "whitebox",
     "datasets",
     "downloads",
     "image_folders",
