@@ -23,7 +23,13 @@ from run.ranks import Ranks
 from run.seeds import seed_from
 from run.trainer import use_threads
 
-ALIKE = ("model", "widths", "nonlinearity", "batch_norm", "loss")  # of networks that are measured together
+OF_NETWORKS = ("widths", "nonlinearity", "batch_norm", "stem", "head", "augmax", "branches", "norm", "first_conv",
+               "topk", "tau")  # fmt: skip
+ALIKE = (
+    "model",
+    *(name for name in OF_NETWORKS if name not in ("stem", "tau")),
+    "loss",
+)  # of networks measured together
 LOOKAHEAD_STEPS, LOOKAHEAD_DECAY = 5, 0.95  # of airbench
 AGAINST_DIVERGENCE = "try a lower -lr/--learning-rate or a longer --warmup (--keep-going goes on all the same)"
 
@@ -72,6 +78,13 @@ class Classifier(LightningModule):
         nonlinearity: str = "relu",
         batch_norm: bool = False,
         stem: str | None = None,
+        head: str = "linear",
+        augmax: Sequence[str] | None = None,
+        branches: int = 1,
+        norm: str = "batch",
+        first_conv: str = "plain",
+        topk: int = 1,
+        tau: str = "1:0.1",
         loss: str = "cross-entropy",
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
@@ -99,7 +112,7 @@ class Classifier(LightningModule):
         if loss not in LOSSES:
             raise ValueError(f"{loss!r} is none of the losses {', '.join(LOSSES)}")
         self.save_hyperparameters()
-        options = {"widths": widths, "nonlinearity": nonlinearity, "batch_norm": batch_norm, "stem": stem}
+        options = {name: self.hparams[name] for name in OF_NETWORKS}
         self.network = build_network(model, shape, num_classes, **options)
         self.source: str | None = None  # the checkpoint that it was read from to be measured
         self.values: dict[str, float] = {}

@@ -14,14 +14,19 @@ from run.parser import Help, Parser
 from run.presets import (
     DATASETS,
     DEFAULTS,
+    FIRST_CONVS,
+    HEADS,
     IMAGE_MODELS,
     LOSSES,
     MODELS,
     NONLINEARITIES,
+    NORMS,
     OPTIMIZERS,
+    POOLED,
     PRECISIONS,
     SCHEDULES,
     STRATEGIES,
+    WHITE_BOXES,
     flags_of_run,
     merged,
     preset,
@@ -37,14 +42,28 @@ from run.values import (
     OneOrSeveral,
     batch_size,
     epoch,
+    falling,
     number,
     perhaps,
     rate,
     text,
+    transform,
 )  # fmt: skip
 
 MAX_NAME = 255  # bytes in a file's name
-MLP_FLAGS = {"widths": "-w/--widths", "nonlinearity": "-nl/--nonlinearity", "batch_norm": "--batch-norm"}
+FIRST_CHANNELS = 120  # of the networks that choose among them
+OF_MODELS = {  # flags that only these networks have
+    "widths": ("-w/--widths", ("MLP",)),
+    "nonlinearity": ("-nl/--nonlinearity", ("MLP",)),
+    "batch_norm": ("--batch-norm", ("MLP",)),
+    "stem": ("--stem", ("ResNet", "ConvNeXt")),
+    "augmax": ("--augmax", WHITE_BOXES),
+    "branches": ("--branches", WHITE_BOXES),
+    "norm": ("--norm", WHITE_BOXES),
+    "first_conv": ("--first-conv", WHITE_BOXES),
+    "topk": ("--topk", ("Gumbel",)),
+    "tau": ("--tau", ("Gumbel",)),
+}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,6 +81,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags["measure_at"] = None  # the preset's epochs give way to the user's
     if "layers" in stored | given and "dib_layers" not in stored | given:
         flags["dib_layers"] = None  # and so do its layers
+    if flags["head"] == "prototypes" and flags["dib_layers"] and "dib_layers" not in stored | given:
+        flags["dib_layers"] = [layer for layer in flags["dib_layers"] if layer != POOLED.get(flags["model"])]
     if flags["loss"] != "cross-entropy" and "label_smoothing" not in stored | given:
         flags["label_smoothing"] = 0.0  # and its smoothing, which is one of the cross-entropy
     _refuse_bad_combinations(parser, given, flags)
@@ -141,6 +162,17 @@ def _add_network(parser: Parser) -> None:
     add("--batch-norm", action=argparse.BooleanOptionalAction, help="MLP: batch norm before the non-linearity")
     add("--stem", choices=("small", "imagenet"),
         help="ResNet, ConvNeXt: first layers that keep the resolution, or torchvision's (else small up to 64 × 64)")
+    add("--head", choices=HEADS,
+        help="what makes the logits; prototypes: means of parts of the last feature map, and for each class their soft "
+        "maximum")
+    names = ", ".join(WHITE_BOXES)
+    add("--augmax", type=transform, nargs="+", metavar="TRANSFORM",
+        help=f"{names}: units are the largest over copies of the image: flip, rot15 (by ±15 degrees)")
+    add("--branches", type=number(int, 1, 64), metavar="N", help=f"{names}: the layers N times, side by side")
+    add("--norm", choices=NORMS, help=f"{names}: normalisation of the first layer")
+    add("--first-conv", choices=FIRST_CONVS, help=f"{names}: first convolution, whose kernel may have several views")
+    add("--topk", type=number(int, 1, FIRST_CHANNELS), metavar="K", help="Gumbel: channels that a unit chooses")
+    add("--tau", type=falling, metavar="FIRST:LAST", help="Gumbel: temperature of the choice, falls over training")
 
 
 def _add_optimisation(parser: Parser) -> None:
@@ -228,11 +260,11 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
         error(f"argument -d/--dataset: {dataset!r} is neither one of {', '.join(DATASETS)} nor a folder{close}")
     if dataset == "SZT" and model in IMAGE_MODELS and not flags["measure"]:
         error(f"argument -m/--model: {model} needs images, and SZT has patterns of 12 bits: use -m MLP")
-    for name, flag in MLP_FLAGS.items():
-        if name in given and model != "MLP":
-            error(f"argument {flag}: is for -m MLP; {model} has none")
-    if "stem" in given and model not in ("ResNet", "ConvNeXt"):
-        error(f"argument --stem: is for -m ResNet and -m ConvNeXt; {model} has none")
+    for name, (flag, models) in OF_MODELS.items():
+        if name in given and model not in models:
+            error(f"argument {flag}: is for {' and '.join(f'-m {other}' for other in models)}; {model} has none")
+    if flags["augmax"] and len(set(flags["augmax"])) < len(flags["augmax"]):
+        error("argument --augmax: a transform comes twice")
     if "learning_rate" in given and "lr_range_test" in given:
         error("argument --lr-range-test: not allowed with -lr/--learning-rate: the test chooses the rate")
     _refuse_flags_of_what_is_not_asked(parser, given, flags)

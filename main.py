@@ -54,6 +54,7 @@ def train(args: Namespace) -> None:
     """Train a network with the measures around it, and leave everything in the run's folder."""
     import utils
     from classifier import new_classifier
+    from run.between_steps import between_steps
     from run.checkpoints import read_checkpoint
     from run.console import Console
     from run.lr_range_test import lr_range_test
@@ -77,7 +78,7 @@ def train(args: Namespace) -> None:
     with RunFolder.of(args, us) as folder:
         write_hparams = partial(folder.write_hparams, flags, about)
         record = RunRecord(folder, save_every=args.save_every, going_on=write_hparams)
-        callbacks = [*utils.measures(args, layers, folder, console), console, record]
+        callbacks = [*between_steps(module), *utils.measures(args, layers, folder, console), console, record]
         if folder.checkpoint:
             module.refuse_other(read_checkpoint(folder.checkpoint), folder.checkpoint)
             folder.refuse_other_length(args)

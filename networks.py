@@ -1,26 +1,25 @@
-"""The networks: each an ordered sequence of named blocks, which any layer splits into encoder and decoder.
-
-A measured layer is a block's output, its encoder the blocks up to it, its decoder the blocks after it. Blocks
-are called one by one and nothing hooks into them, so a compiled network is measured like any other.
+"""The networks: each an ordered sequence of named blocks; see `blocks.py` for what that makes possible.
 
 Letters: B batch, C channels of an image, H × W its size, d dimension of a layer.
 """
 
 import inspect
 import math
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import convnext_tiny, resnet18
 from torchvision.models.convnext import CNBlock
 
+from blocks import Network, child_names, dimensions, evaluating, expand, image_shape, named
 from run.errors import UserError
+from whitebox import Prototypes
+from whitebox_networks import Directions, DisjConj, Gumbel, Positive
+
+__all__ = ["NETWORKS", "Network", "build_network", "dimensions", "evaluating", "named"]
 
 NONLINEARITIES = {
     "tanh": nn.Tanh,
@@ -36,78 +35,6 @@ STEMS = ("small", "imagenet")
 SMALL_IMAGE = 64  # pixels: up to this size the stems made for 224 × 224 throw away too much of an image
 LAYER_SCALE = 1e-6  # convnext_tiny's start of every residual branch
 WHITENING_EPS = 5e-4  # keeps directions that hardly vary from being blown up to unit variance
-
-
-class Network(nn.Module):
-    """A classifier made of named blocks that run one after the other.
-
-    A subclass builds its blocks as submodules and sets the two tuples. A block after a measured layer must
-    not write into its input: that keeps measured activations, and those decoders train on, as they were.
-    """
-
-    sequence: tuple[str, ...]  # dotted names of the blocks, in the order in which they run
-    layers: tuple[str, ...]  # those whose output is measured, the penultimate layer last
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, classes) of a batch."""
-        for name in self.sequence:
-            x = self.get_submodule(name)(x)
-        return x
-
-    def feature_extractor(self, x: Tensor) -> dict[str, Tensor]:
-        """Activations of all measured layers, from one forward pass that ends at the last of them."""
-        features = {}
-        for name in self._up_to(self.layers[-1]):
-            x = self.get_submodule(name)(x)
-            if name in self.layers:
-                features[name] = x
-        return features
-
-    def get_encoder_decoder(self, layer: str) -> tuple[nn.Sequential, nn.Sequential]:
-        """The network up to and including a measured layer, and the rest of it; both share its parameters."""
-        if layer not in self.layers:
-            names = ", ".join(self.layers)
-            raise UserError(f"{type(self).__name__} has no layer {layer!r} to measure; it has {names}.")
-        before = self._up_to(layer)
-        return self._part(before), self._part(self.sequence[len(before) :])
-
-    def trains_on_one(self, shape: tuple[int, ...]) -> bool:
-        """Whether a single sample of this shape is enough for a training step.
-
-        It is not where batch norm sees but one value of a channel in it: in an MLP, or in a map of 1 × 1.
-        """
-        is_alone: list[bool] = []
-
-        def look(norm: nn.Module, args: tuple[Tensor]) -> None:
-            is_alone.append(args[0][0, 0].numel() == 1)
-
-        hooks = [part.register_forward_pre_hook(look) for part in self.modules() if isinstance(part, _BatchNorm)]
-        if hooks:
-            with torch.no_grad(), evaluating(self):
-                self.forward(next(self.parameters()).new_zeros(1, *shape))
-        for hook in hooks:
-            hook.remove()
-        return not any(is_alone)
-
-    def reset(self, module: nn.Module) -> None:
-        """Give (a copy of) a part of this network new parameters and statistics, drawn as at construction."""
-        for part in module.modules():
-            self.initialise(part)
-
-    @staticmethod
-    def initialise(part: nn.Module) -> None:
-        """Initialise what this module itself owns, not its children; torch's defaults unless overridden."""
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
-
-    def _up_to(self, layer: str) -> tuple[str, ...]:
-        return self.sequence[: self.sequence.index(layer) + 1]
-
-    def _part(self, names: Sequence[str]) -> nn.Sequential:
-        blocks = {name.replace(".", "_"): self.get_submodule(name) for name in names}  # torch forbids dots
-        part = named(**blocks)
-        part.training = self.training  # the flag of the new container alone: the blocks have theirs
-        return part
 
 
 class MLP(Network):
@@ -162,6 +89,8 @@ class CIFARNet(Network):
     The fixed whitening filters come from data: call `whiten` before training.
     """
 
+    pooling, readout = ("pool",), ("output", "scale")
+
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape(shape, "CIFARNet", smallest=25)
@@ -173,7 +102,7 @@ class CIFARNet(Network):
         self.pool = named(pool=nn.MaxPool2d(3), flatten=nn.Flatten())
         positions = math.prod((size - 1) // 8 // 3 for size in (height, width))
         self.output = UnitLinear(256 * positions, num_classes, bias=False)
-        self.scale = Scale(1 / 9)
+        self.scale = Times(1 / 9)
         self.sequence = child_names(self)
         self.layers = ("group1", "group2", "group3", "pool")
 
@@ -188,6 +117,8 @@ class ResNet(Network):
     `stem="small"` (the default up to 64 × 64) is what the literature uses on CIFAR-10: a 3 × 3 convolution
     with stride 1 and no max-pool, so that the first residual blocks see the image at full resolution.
     """
+
+    pooling, readout = ("avgpool",), ("fc",)
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, stem: str | None = None) -> None:
         super().__init__()
@@ -223,6 +154,8 @@ class ConvNeXt(Network):
     multiplications, 1.45 G per CIFAR-10 image: a third of what the original spends on a 224 × 224 image.
     """
 
+    pooling, readout = ("avgpool", "classifier.1"), ("classifier.2",)
+
     def __init__(self, shape: tuple[int, ...], num_classes: int, stem: str | None = None) -> None:
         super().__init__()
         stem = chosen_stem(stem, shape)
@@ -254,7 +187,18 @@ class ConvNeXt(Network):
             Network.initialise(part)
 
 
-NETWORKS = {"MLP": MLP, "MNISTNet": MNISTNet, "CIFARNet": CIFARNet, "ConvNeXt": ConvNeXt, "ResNet": ResNet}
+NETWORKS = {
+    "MLP": MLP,
+    "MNISTNet": MNISTNet,
+    "CIFARNet": CIFARNet,
+    "ConvNeXt": ConvNeXt,
+    "ResNet": ResNet,
+    "DisjConj": DisjConj,
+    "Directions": Directions,
+    "Gumbel": Gumbel,
+    "Positive": Positive,
+}
+HEADS = ("linear", "prototypes")
 
 
 def chosen_stem(stem: str | None, shape: tuple[int, ...]) -> str:
@@ -264,26 +208,6 @@ def chosen_stem(stem: str | None, shape: tuple[int, ...]) -> str:
     if stem not in STEMS:
         raise UserError(f"--stem {stem!r} is not a known stem; choose one of {', '.join(STEMS)}.")
     return stem
-
-
-def dimensions(network: Network, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The shape of every measured layer's activations for one sample of the given shape."""
-    weight = next(network.parameters())
-    with torch.no_grad(), evaluating(network):
-        features = network.feature_extractor(weight.new_zeros(2, *shape))
-    return {layer: tuple(h.shape[1:]) for layer, h in features.items()}
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule's own mode again, for some may be frozen in eval mode."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Whitening(nn.Conv2d):
@@ -348,7 +272,7 @@ class UnitLinear(nn.Linear):
         self.weight.div_(self.weight.std())
 
 
-class Scale(nn.Module):
+class Times(nn.Module):
     """Multiply by a constant."""
 
     def __init__(self, factor: float) -> None:
@@ -362,11 +286,6 @@ class Scale(nn.Module):
     def extra_repr(self) -> str:
         """What `print(network)` shows."""
         return f"{self.factor:.4g}"
-
-
-def named(**modules: nn.Module) -> nn.Sequential:
-    """A sequence of modules with names instead of numbers."""
-    return nn.Sequential(OrderedDict(modules))
 
 
 def conv_group(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -389,30 +308,25 @@ def batch_norm_without_scale(channels: int) -> nn.BatchNorm2d:
     return norm
 
 
-def child_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's direct submodules, in the order of their creation."""
-    return tuple(name for name, _ in module.named_children())
-
-
-def expand(network: nn.Module, name: str) -> list[str]:
-    """The dotted names of the direct submodules of a submodule."""
-    return [f"{name}.{child}" for child in child_names(network.get_submodule(name))]
-
-
-def image_shape(shape: tuple[int, ...], model: str, smallest: int) -> tuple[int, int, int]:
-    """Channels, height and width of the samples, if this model can work on them."""
-    if len(shape) != 3:
-        size = " × ".join(map(str, shape))
-        raise UserError(f"-m {model} needs images, but the samples here are vectors ({size}); use -m MLP.")
-    channels, height, width = shape
-    if min(height, width) < smallest:
-        needs = f"images of at least {smallest} × {smallest} pixels"
-        raise UserError(f"-m {model} needs {needs}, but these are {height} × {width}.")
-    return channels, height, width
-
-
-def build_network(model: str, shape: Sequence[int], num_classes: int, **options: object) -> Network:
-    """The network of that name; of the options it takes those that it knows."""
+def build_network(
+    model: str, shape: Sequence[int], num_classes: int, head: str = "linear", **options: object
+) -> Network:
+    """The network of that name with that head; of the options it takes those that it knows."""
     kind = NETWORKS[model]
     known = inspect.signature(kind).parameters
-    return kind(tuple(shape), num_classes, **{name: value for name, value in options.items() if name in known})
+    network = kind(tuple(shape), num_classes, **{name: value for name, value in options.items() if name in known})
+    if head == "prototypes":
+        network.put_head(Prototypes(channels_before_head(network, shape), num_classes), on_map=True)
+    elif head != "linear":
+        raise UserError(f"--head {head!r} is not a known head; choose one of {', '.join(HEADS)}.")
+    return network
+
+
+def channels_before_head(network: Network, shape: Sequence[int]) -> int:
+    """Channels of the last feature map, or the dimension of the vector where there is none."""
+    rest = [name for name in network.sequence if name not in (*network.pooling, *network.readout)]
+    x = next(network.parameters()).new_zeros(2, *shape)
+    with torch.no_grad(), evaluating(network):
+        for name in rest:
+            x = network.get_submodule(name)(x)
+    return x.shape[1]

@@ -61,6 +61,7 @@ class Heads:
         with self._precision():
             self._backward(activations, digits.index_select(0, self._rows), step)
         self._optimizer.update(rate)
+        self._constrain()
 
     def cross_entropies(self, activations: Activations, digits: Tensor) -> Tensor:
         """Each head's cross-entropy summed over a batch, in eval mode, float64 (A,)."""
@@ -86,6 +87,9 @@ class Heads:
         """(A, C, B)."""
         raise NotImplementedError
 
+    def _constrain(self) -> None:
+        """Put weights back where their layers want them, such as above 0; only `LoopHeads` trains such layers."""
+
     def _precision(self) -> AbstractContextManager:
         kind = self.device.type
         if self._autocast is None and not torch.is_autocast_enabled(kind):
@@ -106,6 +110,7 @@ class LoopHeads(Heads):
         super().__init__(group, [p.detach() for p in parameters], autocast)
         for parameter, leaf in zip(parameters, self.trained, strict=True):
             parameter.data, parameter.grad = leaf.detach(), leaf.grad
+        self._constrained = [part for module in self.modules for part in module.modules() if hasattr(part, "constrain")]
 
     def states(self) -> dict[Head, dict[str, Tensor]]:
         """Copies of the heads' tensors on the CPU, by their names in the decoder."""
@@ -125,6 +130,10 @@ class LoopHeads(Heads):
 
     def _logits(self, activations: Activations, training: bool) -> Tensor:
         return torch.stack([self._head_logits(i, activations, training).mT for i in range(len(self.heads))])
+
+    def _constrain(self) -> None:
+        for layer in self._constrained:
+            layer.constrain()
 
     def _head_logits(self, i: int, activations: Activations, training: bool) -> Tensor:
         logits = self.modules[i].train(training)(activations[self.family.layer].to(self.dtype)).to(self.dtype)
@@ -166,8 +175,9 @@ def stacked(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def vmappable(decoder: nn.Module, pair: Tensor) -> bool:
-    """Whether vmap can train this decoder: it cannot if the decoder draws random numbers or looks at its
-    values."""
+    """Whether vmap can train this decoder: not if it draws random numbers, looks at its values or constrains them."""
+    if any(hasattr(part, "constrain") for part in decoder.modules()):
+        return False
     tensors = stacked([decoder.state_dict()] * 2)
     try:
         vmap(partial(functional_call, decoder.train()), in_dims=(0, None), randomness="error")(tensors, pair)

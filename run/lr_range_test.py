@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
+from run.between_steps import between_steps
 from run.errors import UserError
 from run.ranks import Ranks
 from run.record import EpochTable
@@ -51,7 +52,7 @@ def lr_range_test(
     module.hparams.keep_going = True  # until the loss diverges is how far the test goes
     ramp = RisingRate(module.hparams.learning_rate)
     options = {"max_epochs": -1, "max_steps": STEPS, "limit_val_batches": 0, "enable_checkpointing": False}
-    trainer = new_trainer(callbacks=[ramp], **options)
+    trainer = new_trainer(callbacks=[ramp, *between_steps(module)], **options)
     trainer.fit(module, datamodule=data)
     smooth = smoothed(ramp.losses)
     steps = range(1, len(smooth) + 1)

@@ -9,14 +9,18 @@ from typing import Any
 
 from run.catalogue import MEASURES
 
-MODELS = ("MLP", "MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")
-IMAGE_MODELS = ("MNISTNet", "CIFARNet", "ConvNeXt", "ResNet")  # others get what the data are
+WHITE_BOXES = ("DisjConj", "Directions", "Gumbel", "Positive")
+IMAGE_MODELS = ("MNISTNet", "CIFARNet", "ConvNeXt", "ResNet", *WHITE_BOXES)  # others get what the data are
+MODELS = ("MLP", *IMAGE_MODELS)
 DATASETS = ("SZT", "MNIST", "FashionMNIST", "CIFAR10")
 NONLINEARITIES = ("tanh", "relu", "gelu", "silu", "sigmoid", "leaky_relu", "elu", "identity")
 LOSSES = ("cross-entropy", "mse")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+HEADS = ("linear", "prototypes")
+NORMS = ("batch", "iternorm", "percentile")
+FIRST_CONVS = ("plain", "scaled", "perspective", "projective")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 
 DEFAULTS = {
@@ -53,6 +57,13 @@ DEFAULTS = {
     "nonlinearity": "relu",
     "batch_norm": False,
     "stem": None,
+    "head": "linear",
+    "augmax": None,
+    "branches": 1,
+    "norm": "batch",
+    "first_conv": "plain",
+    "topk": 1,
+    "tau": "1:0.1",
     # optimisation
     "epochs": 20,
     "batch_size": 256,
@@ -85,7 +96,18 @@ DEFAULTS = {
 # What makes the bare command good. A pair (model, dataset) goes before the model alone. Steps of the heads are head
 # epochs times batches: 118 of 512 on MNIST, 98 on CIFAR-10, 28 of 128 on SZT.
 MLP = {"epochs": 10, "learning_rate": 2e-3, "warmup": 0.2, "dib_steps": 5 * 118}
+WHITE_BOX = {
+    "epochs": 14,
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "learning_rate": 3e-3,
+    "weight_decay": 0.01,
+    "warmup": 0.3,
+    "start_factor": 0.04,
+    "dib_steps": 2 * 98,
+}
 PRESETS = {
+    **{(model,): WHITE_BOX for model in WHITE_BOXES},
     ("MLP",): MLP,
     ("MLP", "MNIST"): MLP | {"dib_steps": 15 * 118},
     ("MLP", "SZT"): {
@@ -148,12 +170,15 @@ PRESETS = {
     },
 }
 
+# Measured layers that pool a feature map: gone where the head works on the map.
+POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
+
 # Flags of a single call: they say what to do, not what the run is.
 OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
                   "num_nodes", "plots", "strategy", "threads")  # fmt: skip
-OF_SEVERAL = ("seed", "widths", "betas", "measure_at", "layers", "measure_sets",
+OF_SEVERAL = ("seed", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
               *(about.flag for about in MEASURES if "nargs" in about.takes),
               *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip
 

@@ -94,6 +94,30 @@ def parts(text: str) -> str:
     return text
 
 
+def transform(text: str) -> str:
+    """`flip` or `rotD`, a rotation by ±D degrees."""
+    degrees = text.removeprefix("rot")
+    is_rotation = text.startswith("rot") and degrees.isascii() and degrees.isdigit() and 0 < int(degrees) < 180
+    if not (is_rotation or text == "flip"):
+        raise argparse.ArgumentTypeError(
+            f"{reprlib.repr(text)} is neither flip nor rotD, a rotation by D degrees, D a whole number from 1 to 179"
+        )
+    return text
+
+
+def falling(text: str) -> str:
+    """`1:0.1`: a temperature's first value and its last."""
+    try:
+        values = [float(part) for part in text.split(":")]
+    except ValueError:
+        values = []
+    if len(values) != 2 or not all(1e-3 <= value <= MAX_SCALE for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{reprlib.repr(text)} is no first and last temperature, as 1:0.1, both from 0.001 to {MAX_SCALE:g}"
+        )
+    return text
+
+
 class OneOrSeveral(argparse.Action):
     """A single value as itself, several as a list without repetitions."""
 

@@ -12,6 +12,7 @@ from torchvision.models import convnext_tiny, resnet18
 import networks
 from networks import MLP, NETWORKS, CIFARNet, ConvNeXt, MNISTNet, ResNet
 from run.errors import UserError
+from whitebox_networks import Directions, DisjConj, Gumbel, Positive
 
 # ConvNeXt is the slow one: a quarter of the pixels shows the same.
 SHAPES = {
@@ -20,6 +21,10 @@ SHAPES = {
     "CIFARNet": (3, 32, 32),
     "ConvNeXt": (3, 16, 16),
     "ResNet": (3, 32, 32),
+    "DisjConj": (3, 32, 32),
+    "Directions": (1, 28, 28),
+    "Gumbel": (3, 32, 32),
+    "Positive": (3, 32, 32),
 }
 OPTIONS = {"MLP": {"widths": (10, 7, 5), "batch_norm": True}}
 
@@ -116,10 +121,9 @@ def test_encoder_and_decoder_are_in_the_networks_mode(network):
             assert all(module.training is mode for module in part.modules())
 
 
-def test_the_last_measured_layer_is_the_input_of_the_last_linear_map(network, x):
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+def test_the_last_measured_layer_is_the_input_of_what_makes_the_logits(network, x):
     inputs = []
-    handle = linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    handle = network.get_submodule(network.readout[0]).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     network(x)
     handle.remove()
     assert torch.equal(inputs[0], network.feature_extractor(x)[network.layers[-1]])
@@ -171,6 +175,14 @@ def test_dimensions_are_the_shapes_of_the_features_and_asking_leaves_no_trace(na
         # 4 × 4 becomes 3 × 3, 1000 classes become 10
         (lambda: ConvNeXt((3, 32, 32), 10), 28_589_128 - 96 * 3 * 7 - 990 * 769),
         (lambda: ConvNeXt((1, 32, 32), 10, stem="imagenet"), 28_589_128 - 96 * 2 * 16 - 990 * 769),
+        (lambda: DisjConj((3, 32, 32), 2), 36_361),
+        (lambda: Directions((3, 32, 32), 2), 266_881),
+        (lambda: Positive((3, 32, 32), 2), 266_881),
+        (lambda: Gumbel((3, 32, 32), 2), 166_021),
+        # two copies of everything but the last factor
+        (lambda: Gumbel((3, 32, 32), 2, branches=2), 2 * 166_020 + 1),
+        # 60 parts per class instead of 2 · 60: filters, batch norm
+        (lambda: DisjConj((1, 28, 28), 10), 600 * 101 + 2 * 600 + 1),
     ],
 )
 def test_parameter_counts(network, count):
@@ -213,6 +225,9 @@ CONVNEXT_32 = {
         (CIFARNet, (1, 28, 28), CIFARNET_28),
         (ResNet, (3, 32, 32), RESNET_32),
         (ConvNeXt, (3, 32, 32), CONVNEXT_32),
+        (DisjConj, (3, 32, 32), {"conv": (600, 12, 12), "parts": (600,), "prototypes": (120,)}),
+        (Directions, (1, 28, 28), {"conv1": (120, 4, 4), "units": (600,)}),
+        (Gumbel, (3, 32, 32), {"conv1": (120, 3, 3), "units": (300,)}),
     ],
 )
 def test_feature_sizes(model, shape, sizes):
@@ -235,7 +250,7 @@ def test_smallest_image_works_and_a_smaller_one_is_refused(model, size, options)
         model((1, size + 20, size - 1), 7, **options)
 
 
-@pytest.mark.parametrize("model", [MNISTNet, CIFARNet, ResNet, ConvNeXt])
+@pytest.mark.parametrize("model", [MNISTNet, CIFARNet, ResNet, ConvNeXt, Positive])
 def test_convolutional_network_on_vectors_is_refused_in_one_sentence(model):
     with pytest.raises(UserError, match=rf"^-m {model.__name__} needs images, .*\(12\); use -m MLP\.$"):
         model((12,), 2)
@@ -434,3 +449,27 @@ def test_reset_keeps_fixed_parameters_fixed():
     network.reset(other)
     flags = [[p.requires_grad for p in n.parameters()] for n in (network, other)]
     assert flags[0] == flags[1]
+
+
+HEADED = {"ResNet": ("layer4.1", 512, 16), "CIFARNet": ("group3", 256, 9), "ConvNeXt": ("classifier.0", 768, 4)}
+HEADED |= {"MLP": ("hidden3", 5, 1), "MNISTNet": ("hidden", 256, 1), "Positive": ("conv2", 600, 1)}
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_prototypes_take_the_place_of_all_that_follows_the_last_map(name):
+    layer, channels, places = HEADED[name]
+    network = networks.build_network(name, SHAPES[name], 10, head="prototypes", **OPTIONS.get(name, {})).eval()
+    plain = NETWORKS[name](SHAPES[name], 10, **OPTIONS.get(name, {}))
+    assert network.sequence[-2:] == (layer, "head") and network.layers[-1] == layer
+    assert set(network.layers) <= {*plain.layers, layer}
+    assert not {*plain.readout, *plain.pooling} & {key.rpartition(".")[0] for key in network.state_dict()}
+    x = torch.randn(3, *SHAPES[name])
+    h = network.feature_extractor(x)[layer]
+    assert h.shape[1] == network.head.parts.in_channels == channels and h[0, 0].numel() == places
+    encoder, decoder = network.get_encoder_decoder(layer)
+    assert torch.equal(decoder(encoder(x)), network(x)) and network(x).shape == (3, 10)
+
+
+def test_an_unknown_head_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"'tail'.*linear, prototypes"):
+        networks.build_network("MLP", (6,), 2, head="tail")

@@ -2,6 +2,7 @@ import pytest
 
 import datasets
 import networks
+import whitebox_networks
 from flags import get_args
 from measures.heads import head_epochs
 from run import presets
@@ -12,6 +13,9 @@ def test_choices_are_the_names_that_the_modules_know():
     assert set(networks.NETWORKS) == set(presets.MODELS)
     assert set(datasets.DATASETS) == set(presets.DATASETS)
     assert set(networks.NONLINEARITIES) == set(presets.NONLINEARITIES)
+    assert set(networks.HEADS) == set(presets.HEADS)
+    assert set(whitebox_networks.NORMS) == set(presets.NORMS)
+    assert set(whitebox_networks.FIRST_CONVS) == set(presets.FIRST_CONVS)
 
 
 def test_bare_command_trains_the_mlp_of_the_paper_on_szt():
