@@ -11,7 +11,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torchvision import datasets as torchvision_datasets
 
+import classes as choice
 import image_folders
 from downloads import Source, cifar10_source, mnist_source, obtain
 from run.errors import UserError, WrongFlag
@@ -45,11 +46,11 @@ OPPOSITES = [(0, 9), (1, 7), (2, 5), (3, 6), (4, 10), (8, 11)]
 SZT_TRAIN_PERCENT = 85  # Shwartz-Ziv & Tishby (2017), their headline figure
 SZT_SPLIT_SEED = 2017
 
-PUBLISHED_SHAPES = {  # shape of a sample and number of classes, known without the data
-    "SZT": ((12,), 2),
-    "MNIST": ((1, 28, 28), 10),
-    "FashionMNIST": ((1, 28, 28), 10),
-    "CIFAR10": ((3, 32, 32), 10),
+PUBLISHED = {  # shape of a sample and names of the classes, known without the data
+    "SZT": ((12,), ("0", "1")),
+    "MNIST": ((1, 28, 28), mnist_source(torchvision_datasets.MNIST).classes),
+    "FashionMNIST": ((1, 28, 28), mnist_source(torchvision_datasets.FashionMNIST).classes),
+    "CIFAR10": ((3, 32, 32), cifar10_source().classes),
 }
 IMAGE_SHIFT = 2  # pixels
 EVALUATION_VALUES = 2**20  # pixels or bits in a batch where nothing is trained
@@ -62,6 +63,13 @@ class Split:
 
     inputs: Tensor  # uint8 (N, C, H, W), or (N, 12) for SZT
     labels: Tensor  # int64 (N,)
+
+    def only(self, numbers: Sequence[int], num_classes: int) -> "Split":
+        """The samples of these classes, labelled by their places in `numbers`."""
+        place = torch.full((num_classes,), -1)  # (C,)
+        place[list(numbers)] = torch.arange(len(numbers))
+        labels = place[self.labels]  # (N,)
+        return Split(self.inputs[labels >= 0], labels[labels >= 0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +93,17 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        """How many training and test samples there are of every class."""
+        train, test = (split.labels.bincount(minlength=self.num_classes) for split in (self.train, self.test))
+        return dict(zip(self.classes, torch.stack([train, test], 1).tolist(), strict=True))
+
+    def only(self, numbers: Sequence[int]) -> "Dataset":
+        """The samples of these classes alone, labelled 0, 1, … in the order of `numbers`."""
+        train, test = (split.only(numbers, self.num_classes) for split in (self.train, self.test))
+        return replace(self, classes=tuple(self.classes[number] for number in numbers), train=train, test=test)
+
     def to(self, device: torch.device) -> "Dataset":
         """The same with its inputs on the device, if they fit there."""
         train, test = (
@@ -93,28 +112,39 @@ class Dataset:
         return replace(self, train=train, test=test)
 
 
-def load(name: str, data_dir: str | os.PathLike = "data", limit: int | None = None) -> Dataset:
+def load(
+    name: str, data_dir: str | os.PathLike = "data", limit: int | None = None, classes: Sequence[str] | None = None
+) -> Dataset:
     """The dataset `name`, one of DATASETS or a folder with train/CLASS/* and test/CLASS/* images.
 
-    Published sets are looked for in `data_dir` and downloaded into it on first use. `limit` keeps the first
-    samples of each half: SZT is stored shuffled and a folder's classes interleaved, so that those are mixed.
+    Published sets are looked for in `data_dir` and downloaded into it on first use. `classes`, names or numbers, are
+    those to keep, labelled 0, 1, … in the dataset's own order. `limit` keeps the first samples of each half, after
+    that: SZT is stored shuffled and a folder's classes interleaved, so that those are mixed.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: at least 1 sample is needed")
     if name in DATASETS:
-        return _first(DATASETS[name](Path(data_dir).expanduser()), limit)
+        if name in PUBLISHED:
+            choice.chosen(classes, PUBLISHED[name][1], name)  # refused before anything is downloaded
+        dataset = DATASETS[name](Path(data_dir).expanduser())
+        return _first(_of_classes(dataset, classes), limit)
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        return _image_folder(Path(folder), limit)
+        return _image_folder(Path(folder), limit, classes)
     raise UserError(f"--dataset {name}: neither one of {', '.join(DATASETS)} nor a folder of images")
 
 
-def shape_and_classes(name: str) -> tuple[tuple[int, ...], int]:
+def shape_and_classes(name: str, classes: Sequence[str] | None = None) -> tuple[tuple[int, ...], int]:
     """The shape of a sample and the number of classes; published sets need not be downloaded for that."""
-    if name in PUBLISHED_SHAPES:
-        return PUBLISHED_SHAPES[name]
-    dataset = load(name)
+    if name in PUBLISHED:
+        shape, names = PUBLISHED[name]
+        return shape, len(choice.chosen(classes, names, name))
+    dataset = load(name, classes=classes)
     return dataset.shape, dataset.num_classes
+
+
+def _of_classes(dataset: Dataset, classes: Sequence[str] | None) -> Dataset:
+    return dataset if classes is None else dataset.only(choice.chosen(classes, dataset.classes, dataset.name))
 
 
 def _first(dataset: Dataset, limit: int | None) -> Dataset:
@@ -189,9 +219,9 @@ def _published(source: Source, data_dir: Path, mean: tuple[float, ...], std: tup
     return Dataset(source.name, source.classes, train, test, offset, scale, IMAGE_SHIFT, flip)
 
 
-def _image_folder(folder: Path, limit: int | None) -> Dataset:
+def _image_folder(folder: Path, limit: int | None, wanted: Sequence[str] | None) -> Dataset:
     """A folder of images, with the mean and the deviation of the training images used."""
-    classes, train, test = image_folders.read(folder, limit)
+    classes, train, test = image_folders.read(folder, limit, wanted)
     train, test = Split(*train), Split(*test)
     offset, scale = _normalisation(train.inputs)
     shift = min(IMAGE_SHIFT, *(size - 1 for size in train.inputs.shape[2:]))  # reflection needs a pixel more

@@ -149,7 +149,10 @@ def _add_data(parser: Parser) -> None:
     add("-d", "--dataset", metavar="NAME",
         help=f"{', '.join(DATASETS)}, or a folder with train/CLASS/* and test/CLASS/*")
     add("--data-dir", metavar="DIR", help="where datasets lie or are downloaded to")
-    add("--limit", type=number(int, 1), metavar="N", help="only the first N samples of each set, for trying things")
+    add("--classes", nargs="+", metavar="NAME",
+        help="only these classes, by name or number, labelled anew in the dataset's order")
+    add("--limit", type=number(int, 1), metavar="N",
+        help="only the first N samples of each set (of --classes), for trying things")
     add("--augment", action=argparse.BooleanOptionalAction, help="random shifts, and flips where the data allow it")
     add("--alternate-flip", action=argparse.BooleanOptionalAction, help="flip every sample in every other epoch")
 

@@ -6,6 +6,7 @@ Letters: N samples, C channels of an image, H × W pixels.
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from classes import chosen
 from run.errors import UserError
 
 Half = tuple[Tensor, Tensor]  # inputs, uint8 (N, C, H, W), and labels, int64 (N,), of the training or the test half
@@ -24,20 +26,25 @@ DEEP_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits p
 IMAGES_PER_TASK = 256
 
 
-def read(folder: Path, limit: int | None) -> tuple[tuple[str, ...], Half, Half]:
+def read(folder: Path, limit: int | None, wanted: Sequence[str] | None = None) -> tuple[tuple[str, ...], Half, Half]:
     """The names of the classes, and the images of train/CLASS/* and test/CLASS/* with their labels.
 
-    Classes are ordered as in torchvision's ImageFolder. Samples are interleaved, the first of every class, the second
-    of every class, …, so that the first N are balanced. Images that are all grey have one channel, else three.
+    Classes, all or those `wanted`, are ordered as in torchvision's ImageFolder. Samples are interleaved, the first of
+    every class, the second of every class, …, so that the first N are balanced. Images that are all grey have one
+    channel, else three.
     """
     for half in ("train", "test"):
         if not (folder / half).is_dir():
             raise UserError(f"{folder} is no dataset: no folder {half}/ with one folder of images per class")
         _refuse_link_out(folder / half, folder.resolve())
         _refuse_bad_entries(folder / half, folder.resolve(), visited=set())
-    classes = _classes(folder / "train")
-    if len(classes) < 2:
-        raise UserError(f"{folder / 'train'} holds the one class {classes[0]}, at least 2 are needed")
+    names = _classes(folder / "train")
+    if len(names) < 2:
+        raise UserError(f"{folder / 'train'} holds the one class {names[0]}, at least 2 are needed")
+    classes = [names[number] for number in chosen(wanted, names, str(folder))]
+    for name in _classes(folder / "test"):
+        if name not in names:
+            raise UserError(f"{folder / 'test' / name} is a class that {folder / 'train'} lacks")
     train_paths, train_labels = _find_images(folder / "train", classes, limit)
     test_paths, test_labels = _find_images(folder / "test", classes, limit)
     images = _decode(train_paths + test_paths)
@@ -79,13 +86,11 @@ def _classes(folder: Path) -> list[str]:
         raise UserError(f"{folder} is empty: one folder of images per class is needed") from None
 
 
-def _find_images(folder: Path, train_classes: list[str], limit: int | None) -> tuple[list[str], Tensor]:
-    """Paths and labels of the first images below `folder`, classes interleaved."""
-    classes = _classes(folder)
-    for name in classes:
-        if name not in train_classes:
-            raise UserError(f"{folder / name} is a class that {folder.with_name('train')} lacks")
-    class_to_index = {name: train_classes.index(name) for name in classes}  # test may lack some of train's
+def _find_images(folder: Path, classes: list[str], limit: int | None) -> tuple[list[str], Tensor]:
+    """Paths and labels of the first images of these classes below `folder`, classes interleaved."""
+    class_to_index = {name: i for i, name in enumerate(classes) if (folder / name).is_dir()}  # test may lack some
+    if not class_to_index:
+        raise UserError(f"{folder} holds none of the classes {', '.join(classes)} (--classes)")
     samples = make_dataset(folder, class_to_index, IMG_EXTENSIONS, allow_empty=True)
     labels = torch.tensor([label for _, label in samples], dtype=torch.int64)  # (N,)
     for name, label in class_to_index.items():

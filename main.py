@@ -184,7 +184,7 @@ def list_layers(args: Namespace) -> None:
     from run.presets import flags_of_run
     from run.tables import layer_table
 
-    shape, num_classes = shape_and_classes(args.dataset)
+    shape, num_classes = shape_and_classes(args.dataset, args.classes)
     network = Classifier.from_flags(flags_of_run(args), shape, num_classes).network.eval()
     shapes = dimensions(network, shape)
     if args.list_layers == "all":
@@ -199,7 +199,7 @@ def load_data(args: Namespace) -> Data:
     """The dataset as Lightning's Trainer wants it."""
     import datasets
 
-    dataset = datasets.load(args.dataset, args.data_dir, args.limit)
+    dataset = datasets.load(args.dataset, args.data_dir, args.limit, args.classes)
     return datasets.Data(
         dataset, args.batch_size, augment=args.augment, alternate_flip=args.alternate_flip, seed=args.seed
     )
@@ -213,6 +213,7 @@ def facts(trainer: Trainer, module: Classifier, data: Data, layers: dict[str, tu
         "device": device_name(trainer),
         "parameters": sum(parameter.numel() for parameter in module.network.parameters()),
         "num_classes": data.dataset.num_classes,
+        "classes": data.dataset.counts,
         "train_samples": len(data.dataset.train.labels),
         "test_samples": len(data.dataset.test.labels),
         "layers": list(layers),

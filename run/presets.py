@@ -48,6 +48,7 @@ DEFAULTS = {
     # data
     "dataset": "SZT",
     "data_dir": "data",
+    "classes": None,
     "limit": None,
     "augment": True,
     "alternate_flip": False,
@@ -178,7 +179,7 @@ OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
                   "num_nodes", "plots", "strategy", "threads")  # fmt: skip
-OF_SEVERAL = ("seed", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
+OF_SEVERAL = ("seed", "classes", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
               *(about.flag for about in MEASURES if "nargs" in about.takes),
               *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip
 

@@ -39,8 +39,9 @@ def _flags_of_measured(parser: Parser, given: dict) -> dict:
         for folder, path in files.items()
     }
     first, *others = stored
+    _refuse_other_classes(parser, given, stored)
     for other in others:
-        for name in ("dataset", "limit"):
+        for name in ("dataset", "classes", "limit"):
             here, there = ((DEFAULTS | stored[folder])[name] for folder in (first, other))
             if stored[other] and name not in given and here != there:
                 parser.error(
@@ -48,6 +49,19 @@ def _flags_of_measured(parser: Parser, given: dict) -> dict:
                     f"say on which data to measure with --{name}"
                 )
     return stored[first]
+
+
+def _refuse_other_classes(parser: Parser, given: dict, stored: dict[Path, dict]) -> None:
+    """A network knows its own classes alone; on another dataset the user says which these are."""
+    for folder, flags in stored.items():
+        own = DEFAULTS | flags
+        is_other_data = given.get("dataset", own["dataset"]) != own["dataset"]
+        if flags and "classes" in given and given["classes"] != own["classes"] and not is_other_data:
+            trained = "all" if own["classes"] is None else " ".join(own["classes"])
+            parser.error(
+                f"argument --classes: the run in {folder} was trained on {trained}, not on "
+                f"{' '.join(given['classes'])}; without the flag it is measured on its own"
+            )
 
 
 def _run_to_resume(parser: Parser, given: dict) -> Path:

@@ -8,20 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from run.catalogue import MEASURES, column, measure_and_layer, measure_of
+from run.presets import DATASETS
 
 UNSUMMED = ("epoch", "lr", "time/")
+MOST_CLASSES = 12  # that the banner names
 
 
 def banner(args: Namespace, facts: Mapping[str, Any], folder: Path) -> str:
     """What runs on what and where, in four lines."""
     lines = {
         "data": f"{args.dataset}: {facts['train_samples']:,} training and {facts['test_samples']:,} test samples, "
-        f"{facts['num_classes']} classes",
+        f"{_classes(args, facts)}",
         "network": f"{args.model}: {facts['parameters']:,} parameters, measured at {', '.join(facts['layers'])}",
         "device": f"{facts['device']}, {args.precision}",
         "folder": str(folder),
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
+
+
+def _classes(args: Namespace, facts: Mapping[str, Any]) -> str:
+    """How many classes, and which where that is not known from the dataset's name: `NAME training + test samples`."""
+    counts, num_classes = facts["classes"], facts["num_classes"]
+    if args.dataset in DATASETS and args.classes is None:
+        return f"{num_classes} classes"
+    if num_classes <= MOST_CLASSES:
+        return f"{num_classes} classes: " + ", ".join(
+            f"{name} {train:,} + {test:,}" for name, (train, test) in counts.items()
+        )
+    sizes = (f"{min(sizes):,} to {max(sizes):,}" for sizes in zip(*counts.values(), strict=True))
+    return f"{num_classes:,} classes, each of {' + '.join(sizes)}"
 
 
 def epoch_line(epoch: int, num_epochs: int, values: Mapping[str, float]) -> str:

@@ -436,6 +436,6 @@ def test_digit_entropies_by_hand():
 
 
 def test_the_shapes_known_without_data_are_those_of_the_data():
-    assert set(datasets.PUBLISHED_SHAPES) == set(datasets.DATASETS)
+    assert set(datasets.PUBLISHED) == set(datasets.DATASETS)
     szt = datasets.load("SZT")
     assert datasets.shape_and_classes("SZT") == (szt.shape, szt.num_classes)

@@ -23,6 +23,7 @@ FLOORS = (
     "datasets",
     "downloads",
     "image_folders",
+    "classes",
     "run",
 )
 FOLDERS = ("measures", "figures", "run")
