@@ -314,6 +314,8 @@ class ShiftNorm(nn.BatchNorm2d):
     def __init__(self, num_features: int, **options: Any) -> None:
         super().__init__(num_features, affine=False, **options)
         self.bias = nn.Parameter(torch.zeros(num_features))
+        # Without any weight torch cannot differentiate batch norm twice.
+        self.register_buffer("one", torch.ones(num_features), persistent=False)
 
     def reset_parameters(self) -> None:
         """As batch norm's, and no shift."""
@@ -323,9 +325,8 @@ class ShiftNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, None, self.bias, self.training, self.momentum, self.eps
-        )
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.one, self.bias, self.training, self.momentum, self.eps)
 
 
 class PercentileNorm(nn.BatchNorm2d):

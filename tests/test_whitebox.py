@@ -249,6 +249,7 @@ def test_shift_norm_is_batch_norm_whose_scale_stays_one():
     torch.testing.assert_close(norm(x), plain(x))
     torch.testing.assert_close(norm.eval()(x), plain.eval()(x))
     assert [name for name, _ in norm.named_parameters()] == ["bias"]
+    assert torch.autograd.gradgradcheck(norm, (x[:2, :, :2, :2].clone().requires_grad_(),))
 
 
 @pytest.mark.parametrize(
