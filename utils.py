@@ -10,6 +10,7 @@ from flags import get_args
 from measures.clusters import Clusters
 from measures.decodable_information import DecodableInformation, decodable_information
 from measures.grouping import cluster
+from measures.input_gradients import input_gradients, roughness, separation, stability
 from measures.landscape import Landscape
 from measures.layers import chosen, features_of, hookable_layers
 from measures.look import Look
@@ -20,6 +21,7 @@ from measures.quantities import look
 from measures.rank import Rank, rank
 from measures.reduction import reduce
 from measures.similarity import alignment, cka
+from measures.views import Views
 from networks import Network
 from run.catalogue import MEASURES, found
 from run.console import Console
@@ -28,8 +30,9 @@ from run.run_folder import RunFolder
 
 __all__ = [
     "Classifier", "Clusters", "DecodableInformation", "Landscape", "Look", "Measure", "NeuralCollapse", "Perturb",
-    "Rank", "alignment", "cka", "cluster", "decodable_information", "features_of", "get_args", "hookable_layers",
-    "layers_to_measure", "look", "measures", "neural_collapse", "plans", "rank", "reduce",
+    "Rank", "Views", "alignment", "cka", "cluster", "decodable_information", "features_of", "get_args",
+    "hookable_layers", "input_gradients", "layers_to_measure", "look", "measures", "neural_collapse", "plans", "rank",
+    "reduce", "roughness", "separation", "stability",
 ]  # fmt: skip
 
 

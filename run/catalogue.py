@@ -18,6 +18,7 @@ from run.values import MAX_DIB, MAX_RATE, MAX_SCALE, number, odd, parts, rate
 
 SETS = ("train", "test")
 MAX_TOP = 1000  # eigenpairs; more are a matter for whole matrices
+MAX_PICTURED = 1000  # images
 MAX_DENSE = 20_000  # rows of a matrix that is built: 3.2 GB
 
 
@@ -108,6 +109,22 @@ def curvatures(row: Mapping[str, str]) -> str:
     names = [name.split("/")[1] for name in row if name.startswith("landscape/") and name.endswith("/curvature")]
     found = ", ".join(f"{name} {float(row[f'landscape/{name}/curvature']):.4g}" for name in names)
     return f"landscape: curvature along {found}" if found else ""
+
+
+def readability(row: Mapping[str, str]) -> str:
+    """How well the input gradients of the classes, and of hidden units, can be read."""
+
+    def on_both(score: str, end: str = "") -> str:
+        return ", ".join(f"{float(row[f'views/{score}/{kind}{end}']):.3g} on {kind}" for kind in ("noise", "images"))
+
+    if "views/separation/noise" not in row:
+        return ""
+    scores = [score for score in ("stability", "separation", "roughness") if f"views/{score}/noise" in row]
+    lines = [f"views of classes: {'; '.join(f'{score} {on_both(score)}' for score in scores)}"]
+    start = "views/units/stability/noise/"
+    places = [name.removeprefix(start) for name in row if name.startswith(start)]
+    lines += [f"views of units of {place}: stability {on_both('units/stability', f'/{place}')}" for place in places]
+    return "\n".join(lines)
 
 
 RANKS = ("numerical", "stable", "effective")
@@ -310,6 +327,31 @@ MEASURES = (
             "perturb/channel_worst_rise": Column("rise of the loss without the most needed channel", aside=True),
         },
         figures=("figures.landscape:perturbation_curves", "figures.landscape:channel_importance"),
+    ),
+    About(
+        name="views",
+        callback="measures.views:Views",
+        flag="views",
+        help="gradients by the input, to be looked at: of each class on images and noise, of hidden units; and the "
+        "first layer's filters",
+        flags=(
+            Flag("views_images", 60, "views: images of the test set, the first ones, that are pictured; 0: none",
+                 {"type": number(int, 0, MAX_PICTURED), "metavar": "N"}),
+            Flag("views_samples", 64, "inputs of noise, and images, that the scores of views are means over",
+                 {"type": number(int, 2), "metavar": "N"}),
+            Flag("views_layers", None, "layers whose units are viewed (else the last measured one)",
+                 {"nargs": "+", "metavar": "LAYER"}),
+            Flag("views_units", 60, "units of a layer that are viewed, at even steps; 0: all",
+                 {"type": number(int, 0), "metavar": "N"}),
+        ),
+        columns={
+            "views/stability/*": Column("stability of gradients"),
+            "views/agreement": Column("agreement of noise and images"),
+            "views/separation/*": Column("separation of classes"),
+            "views/roughness/*": Column("roughness of gradients"),
+        },
+        remark=readability,
+        by_layer=False,
     ),
 )  # fmt: skip
 
