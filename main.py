@@ -152,6 +152,7 @@ def measure(args: Namespace) -> None:
 
 def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Console) -> None:
     """Say what came out and where it lies."""
+    from run.catalogue import MEASURES
     from run.record import rise
     from run.sweep import note_results
     from run.tables import closing
@@ -161,17 +162,20 @@ def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Con
         rows = [row for row in record.table.rows() if "epoch" in row]
         console.say(closing(rows[-1:] if args.measure else rows, layers))
         if args.plots and rise([int(row["epoch"]) for row in rows]):
-            draw(folder, "summary", console)
+            pictures = [name for about in MEASURES if about.is_asked(vars(args)) for name in about.pictures]
+            for figure in ["summary", *pictures]:
+                draw(folder, figure, console)
         print(f"results in {folder.path}")
         note_results(folder.path)
 
 
 def draw(folder: RunFolder, figure: str, console: Console) -> None:
-    """Leave one of the figures of `plots.py` in a run's folder."""
+    """Leave one of the figures of `plots.py` in a run's folder, if there is something to show."""
     import plots
 
-    if folder.is_ours:
-        path = plots.write(getattr(plots, figure)(plots.load([folder.path])), folder.path / f"{figure}.png")
+    drawn = getattr(plots, figure)(plots.load([folder.path])) if folder.is_ours else None
+    if drawn and plots.shows_something(drawn):
+        path = plots.write(drawn, folder.path / f"{figure}.png")
         console.say(f"{figure.replace('_', ' ')} in {path}")
 
 

@@ -45,6 +45,7 @@ from figures.settings import compare
 from figures.similarity import cka_between_epochs, cka_between_runs
 from figures.summary import summary
 from figures.training import training_curves
+from figures.views import views_classes, views_filters, views_images, views_over_epochs, views_units
 from run import command
 from run.catalogue import MEASURES, found
 from run.errors import UserError
@@ -60,7 +61,8 @@ __all__ = [
     "look_over_epochs", "lr_range_test", "main", "matrices", "measure_over_epochs", "minimality_over_epochs",
     "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "ntk_spectrum", "path", "perturbation_curves",
     "rank_over_depth", "rank_over_epochs", "singular_values", "spectra", "sufficiency_minimality", "summary",
-    "training_curves", "tsne_maps", "write",
+    "training_curves", "tsne_maps", "views_classes", "views_filters", "views_images", "views_over_epochs",
+    "views_units", "write",
 ]  # fmt: skip
 
 
@@ -107,6 +109,11 @@ def figures(runs: Run | Sequence[Run]) -> Iterator[tuple[str, Figure]]:
         yield f"{_file_name(family)}_over_epochs", measure_over_epochs(runs, family)
 
 
+def shows_something(figure: Figure) -> bool:
+    """Whether it is more than a sentence."""
+    return any(ax.axison for ax in figure.axes)
+
+
 def _file_name(measure: str) -> str:
     return re.sub("[^A-Za-z0-9_.-]", "_", measure.replace("*", "each"))
 
@@ -117,7 +124,7 @@ def _write_all(runs: Sequence[Run], folder: Path, file_format: str) -> None:
         _say(f"every figure shows {left_out}")
     missing = []
     for name, figure in figures(runs):
-        if any(ax.axison for ax in figure.axes):
+        if shows_something(figure):
             print(write(figure, folder / f"{name}.{file_format}"), flush=True)
         else:
             missing.append(name)

@@ -119,7 +119,7 @@ def new_page(
 ) -> tuple[Figure, np.ndarray]:
     """Panels, each `width` inches wide or as wide as the page allows, with room for a legend on the right."""
     page_width = min(PAGE_WIDTH, width * num_columns + LEGEND_WIDTH)
-    figure = _new_figure(page_width, height * num_rows + 0.5)
+    figure = bare_figure(page_width, height * num_rows + 0.5)
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     title = plain(title, width=int(LETTERS_PER_INCH * (page_width - LEGEND_WIDTH)))
     figure.suptitle(title, x=0.01, horizontalalignment="left")
@@ -128,19 +128,19 @@ def new_page(
 
 def sentence(text: str) -> Figure:
     """A figure that only says something."""
-    figure = _new_figure(6, 0.6)
+    figure = bare_figure(6, 0.6)
     ax = figure.subplots()
     ax.set_axis_off()
     ax.text(0.5, 0.5, plain(text, width=90), ha="center", va="center")
     return figure
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to no window and to no pyplot."""
+def bare_figure(width: float, height: float, dpi: int | None = None) -> Figure:
+    """A figure that belongs to no window and to no pyplot, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -59,10 +59,11 @@ class About:
     `takes` are the options, those of argparse's `add_argument`, of a flag that takes words; else it is a switch.
 
     Of flags that stand in `instead`, one excludes the others; `shares` are those of other measures that this one heeds,
-    too. `remark` makes a line below the closing table from the
-    last row of `metrics.csv`. `figures` are functions, `module:name`, which take runs; one that comes in several forms
-    has `variants`, {file name: arguments}. Not `by_layer`: its columns are named otherwise than MEASURE/LAYER, such as
-    look/NAME/STATISTIC, and no layer's even where a layer is called as a statistic.
+    too. `remark` makes a line below the closing table from the last row of `metrics.csv`. `figures` are functions,
+    `module:name`, which take runs; one that comes in several forms has `variants`, {file name: arguments}. Those of
+    `pictures`, by their names in `plots.py`, are drawn into the run's folder, too. Not `by_layer`: its columns are
+    named otherwise than MEASURE/LAYER, such as look/NAME/STATISTIC, and no layer's even where a layer is called as a
+    statistic.
     """
 
     name: str
@@ -77,6 +78,7 @@ class About:
     columns: Mapping[str, Column] = field(default_factory=dict)
     remark: Callable[[Mapping[str, str]], str] | None = None
     figures: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
     by_layer: bool = True
 
     def is_asked(self, flags: Mapping[str, Any]) -> bool:
@@ -351,6 +353,14 @@ MEASURES = (
             "views/roughness/*": Column("roughness of gradients"),
         },
         remark=readability,
+        figures=(
+            "figures.views:views_over_epochs",
+            "figures.views:views_images",
+            "figures.views:views_classes",
+            "figures.views:views_units",
+            "figures.views:views_filters",
+        ),
+        pictures=("views_images", "views_classes", "views_units", "views_filters"),
         by_layer=False,
     ),
 )  # fmt: skip

@@ -48,6 +48,11 @@ FIGURES = (
     plots.landscape_maps,
     plots.perturbation_curves,
     plots.channel_importance,
+    plots.views_over_epochs,
+    plots.views_images,
+    plots.views_classes,
+    plots.views_units,
+    plots.views_filters,
     plots.lr_range_test,
 )
 SAMPLES = 60  # in which clusters are looked for
@@ -85,6 +90,8 @@ def make_run(
                     row |= _clusters(epoch, layer, cluster_set, noise)
             if "dib" in measures:
                 row |= {f"dib/sufficiency/{split}": 2.3 - row[f"{split}_loss"] for split in ("train", "test")}
+            if "views" in measures:
+                row |= _views(layers[-1], noise)
         rows.append(row)
     write_csv(folder / "metrics.csv", rows)
     if heads:
@@ -95,6 +102,10 @@ def make_run(
     for measure, made in (("landscape", _landscape), ("perturb", _perturbations)):
         for epoch in {min(measured), max(measured)} if measure in measures else ():
             _keep(folder, epoch, measure, made(epoch, layers, seed))
+    for epoch in {min(measured), max(measured)} if "views" in measures else ():
+        names = [f"class {c}" for c in range(CLASSES)]
+        _keep(folder, epoch, "views", _pictures(layers[-1], seed), samples=64, layers=layers[-1:], classes=names,
+              white_roughness=0.8)  # fmt: skip
     if "landscape" in measures:
         _keep(
             folder, "average", "landscape", _around_path(), networks=["epoch0001.ckpt", "epoch0002.ckpt", "last.ckpt"]
@@ -200,6 +211,36 @@ def _perturbations(epoch, layers, seed):
         kept |= {f"noise/{layer}/losses": 0.5 + lost, f"noise/{layer}/accuracies": 0.9 - lost}
         lost = np.arange(-1, 3 * i) / 100
         kept |= {f"channels/{layer}/losses": 0.5 + lost, f"channels/{layer}/accuracies": 0.9 - lost}
+    return kept
+
+
+def _views(layer, noise):
+    names = [f"{score}/{kind}" for score in ("stability", "roughness") for kind in ("noise", "images")]
+    row = {f"views/{name}": noise.random() for name in ("separation/noise", "separation/images")}
+    for name in ("agreement", *names):
+        row |= {f"views/{name}": noise.random(), f"views/units/{name}/{layer}": noise.random()}
+        row |= {f"views/{name}/class{c}": noise.random() for c in range(CLASSES)}
+    return row
+
+
+def _pictures(layer, seed, images=6, units=5, shape=(1, 4, 4)):
+    """Pictures of 6 images whose last ones are classified wrongly, and of 5 of 10 units."""
+    noise = np.random.default_rng(seed)
+    labels = np.arange(images) % CLASSES
+    kept = {
+        "images": noise.integers(0, 256, (images, *shape), dtype=np.uint8),
+        "labels": labels,
+        "logits": np.eye(CLASSES)[(labels + (labels > 3)) % CLASSES],
+        "gradients": noise.normal(size=(images, CLASSES, *shape)),
+        "gradients_of": np.tile(np.arange(CLASSES), (images, 1)),
+        "filters": noise.normal(size=(7, 3, 2, 2)),
+        f"units/{layer}/index": 2 * np.arange(units),
+    }
+    for of, num in (("classes", CLASSES), (f"units/{layer}", units)):
+        kept |= {f"{of}/pictured": np.arange(num), f"{of}/examples": noise.normal(size=(num, 2, *shape))}
+        for kind in ("noise", "images"):
+            kept[f"{of}/mean/{kind}"] = noise.normal(size=(num, *shape))
+            kept[f"{of}/stability/{kind}"] = np.linspace(0, 1, num)
     return kept
 
 

@@ -130,6 +130,7 @@ TESTED_WITH = {
     "figures.look_matrices": "test_figures_look",
     "figures.looks": "test_figures_look",
     "figures.pages": "test_figures_style",
+    "figures.tiles": "test_figures_views",
 }
 
 

@@ -196,11 +196,11 @@ def test_figures_are_those_of_one_device_on_two(in_an_empty_folder):
         argv = [*LINE, "-e", "1", "--name", name, "--accelerator", "cpu", "--devices", devices, "--measure-at", "0",
                 "--look-samples", "0", "--look-dense", "0", "--look", *asked, "--precision", "64-true"]  # fmt: skip
         argv += ["--landscape", "--landscape-steps", "3", "--landscape-map", "0"]
-        argv += ["--perturb", "hidden1", "--perturb-draws", "1"]
+        argv += ["--perturb", "hidden1", "--perturb-draws", "1", "--views", "--views-samples", "7"]
         done = subprocess.run([sys.executable, ROOT / "main.py", *argv], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     one, two = (rows(name)[0] for name in ("one", "two"))
-    columns = [name for name in one if name.startswith(("look/", "landscape/", "perturb/"))]
+    columns = [name for name in one if name.startswith(("look/", "landscape/", "perturb/", "views/"))]
     # float64: other orders of sums, 1e-16; eigenvalues of one search, whose start is the same
     assert {name: float(two[name]) for name in columns} == pytest.approx(
         {name: float(one[name]) for name in columns}, rel=1e-5, abs=1e-9, nan_ok=True
@@ -221,9 +221,10 @@ def test_a_compiled_network_is_looked_at_as_it_was_written(in_an_empty_folder, m
         self, "_compiled_call_impl", torch.compile(self._call_impl, backend="eager")))  # fmt: skip
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         argv = [*LINE, "--look", "hessian", "grad(f(output), f(hidden2))", "--measure-at", "0", "-e", "1", *more]
+        argv += ["--views"]
         assert main([*argv, "--name", name]) == 0
     plain, compiled = (rows(name)[0] for name in ("plain", "compiled"))
-    columns = [name for name in plain if name.startswith("look/")]
+    columns = [name for name in plain if name.startswith(("look/", "views/"))]
     assert columns and [compiled[name] for name in columns] == [plain[name] for name in columns]
 
 

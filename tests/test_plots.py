@@ -42,7 +42,7 @@ def test_a_run_that_died_in_its_first_epoch_is_drawn(loaded, figure):
     figure(run).canvas.draw()
 
 
-ALL = ("nc1", "dib", "rank", "clusters", "landscape", "perturb")
+ALL = ("nc1", "dib", "rank", "clusters", "landscape", "perturb", "views")
 SUBSETS = [(), ("nc1",), ("dib",), ("rank",), ("clusters",), ALL]
 
 
