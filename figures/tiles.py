@@ -22,6 +22,7 @@ BETWEEN_TILES, BETWEEN_CELLS = 0.025, 0.14
 TITLE = 0.15  # height of a cell's title
 LETTER = 0.052  # width of a title's letter, on average
 FONT = 6.5
+CAPTION, LETTERS = 0.13, 118  # height of its line, and how many are in it
 DPI = 150
 ALERT = "#B03000"
 
@@ -35,7 +36,10 @@ class Cell(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Cells of equally many tiles, and what is said beside and below them; tiles are `size` inches wide."""
+    """Cells of equally many tiles, and what is said beside and below them.
+
+    Tiles are `size` inches wide at least; where cells fill a row, as wide as the page allows.
+    """
 
     cells: Sequence[Cell]
     label: str
@@ -43,26 +47,43 @@ class Panel(NamedTuple):
     size: float = 0.42
 
     @property
-    def cell_size(self) -> tuple[float, float]:
-        """Width and height in inches."""
-        num, (height, width, _) = len(self.cells[0].tiles), self.cells[0].tiles[0].shape
-        has_titles = any(cell.title for cell in self.cells)
-        return num * self.size + (num - 1) * BETWEEN_TILES, self.size * height / width + TITLE * has_titles
+    def between(self) -> float:
+        """The space between cells."""
+        return BETWEEN_CELLS if self.cells[0].title else BETWEEN_TILES
 
     @property
     def num_columns(self) -> int:
-        between = BETWEEN_CELLS if self.cells[0].title else BETWEEN_TILES
-        return max(1, min(len(self.cells), int((PAGE_WIDTH - MARGIN + between) / (self.cell_size[0] + between))))
+        width = self._width_of(self.size)
+        return max(1, min(len(self.cells), int((PAGE_WIDTH - MARGIN + self.between) / (width + self.between))))
+
+    @property
+    def tile_size(self) -> float:
+        """Width of a tile."""
+        num, columns = len(self.cells[0].tiles), self.num_columns
+        free = PAGE_WIDTH - MARGIN - (columns - 1) * self.between - columns * (num - 1) * BETWEEN_TILES
+        return max(self.size, min(free / (columns * num), 1.3 * self.size))
+
+    @property
+    def cell_size(self) -> tuple[float, float]:
+        """Width and height."""
+        height, width, _ = self.cells[0].tiles[0].shape
+        has_titles = any(cell.title for cell in self.cells)
+        return self._width_of(self.tile_size), self.tile_size * height / width + TITLE * has_titles
 
     @property
     def height(self) -> float:
         return -(-len(self.cells) // self.num_columns) * (self.cell_size[1] + BETWEEN_TILES)
 
+    def _width_of(self, size: float) -> float:
+        """Of a cell with tiles of this size."""
+        num = len(self.cells[0].tiles)
+        return num * size + (num - 1) * BETWEEN_TILES
+
 
 def page_of_tiles(heading: str, panels: Sequence[Panel]) -> Figure:
     """Panels below each other."""
-    captions = 0.35 * len(panels)
-    figure = bare_figure(PAGE_WIDTH, 0.3 + captions + sum(panel.height for panel in panels), DPI)
+    captions = sum(0.2 + CAPTION * (plain(panel.caption, LETTERS).count("\n") + 1) for panel in panels)
+    figure = bare_figure(PAGE_WIDTH, 0.28 + captions + sum(panel.height for panel in panels), DPI)
     figure.suptitle(plain(heading, width=110), x=0.01, horizontalalignment="left")
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=[panel.height for panel in panels])[:, 0]
     for ax, panel in zip(axes, panels, strict=True):
@@ -71,25 +92,23 @@ def page_of_tiles(heading: str, panels: Sequence[Panel]) -> Figure:
 
 
 def _draw(ax: Axes, panel: Panel) -> None:
-    width, height = panel.cell_size
-    between = BETWEEN_CELLS if panel.cells[0].title else BETWEEN_TILES
+    (width, height), size = panel.cell_size, panel.tile_size
     for i, cell in enumerate(panel.cells):
         row, column = divmod(i, panel.num_columns)
-        left, bottom = column * (width + between), (row + 1) * (height + BETWEEN_TILES) - BETWEEN_TILES
+        left, bottom = column * (width + panel.between), (row + 1) * (height + BETWEEN_TILES) - BETWEEN_TILES
         for j, tile in enumerate(cell.tiles):
-            x = left + j * (panel.size + BETWEEN_TILES)
-            top = bottom - panel.size * tile.shape[0] / tile.shape[1]
-            shrinks = tile.shape[1] > panel.size * DPI
-            ax.imshow(tile, extent=(x, x + panel.size, bottom, top), interpolation="auto" if shrinks else "nearest")
+            x, top = left + j * (size + BETWEEN_TILES), bottom - size * tile.shape[0] / tile.shape[1]
+            shrinks = tile.shape[1] > size * DPI
+            ax.imshow(tile, extent=(x, x + size, bottom, top), interpolation="auto" if shrinks else "nearest")
         if cell.title:
-            title = plain(shortened(cell.title, int((width + between / 2) / LETTER)))
+            title = plain(shortened(cell.title, int((width + panel.between / 2) / LETTER)))
             ax.text(left, bottom - height + TITLE - 0.02, title, fontsize=FONT, va="bottom",
                     color=ALERT if cell.is_marked else "black")  # fmt: skip
     ax.set(xlim=(0, PAGE_WIDTH - MARGIN), ylim=(panel.height, 0), aspect="equal", anchor="NW", xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.grid(False)
     ax.set_ylabel(plain(panel.label, 40))
-    ax.set_xlabel(plain(panel.caption, 125), loc="left")
+    ax.set_xlabel(plain(panel.caption, LETTERS), loc="left")
 
 
 def shortened(text: str, num: int) -> str:

@@ -69,18 +69,20 @@ def views_classes(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None
 
 @styled
 def views_units(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None) -> Figure:
-    """The gradients of hidden units on noise, two of them and the mean of all; with the units' stability on noise."""
+    """The gradients of hidden units on noise, two of them and the mean of all; with the units' stability on noise.
+
+    Units that are dead on every input of noise are left out.
+    """
     views = _Views.of(runs, epochs)
-    caption = (
-        f"each: gradients on two inputs of noise, and the mean over {views.settings['samples']}. Numbers: stability"
-    )
     panels = []
     for layer in views.settings["layers"]:
-        if f"units/{layer}/index" in views.arrays:
-            names = [f"unit {index}" for index in views.arrays[f"units/{layer}/index"]]
-            panels.append(Panel(views.cells(f"units/{layer}", names, ("noise",)), f"units of {layer}", caption))
+        of = f"units/{layer}"
+        names = [f"unit {index}" for index in views.arrays.get(f"{of}/index", ())]
+        cells = views.cells(of, names, ("noise",), only_alive=True)
+        if cells:
+            panels.append(Panel(cells, f"units of {layer}", views.about_units(of, len(cells))))
     if not panels:
-        raise NothingToDraw("The layers that were viewed have no units.")
+        raise NothingToDraw("No unit of the layers that were viewed has a gradient on noise.")
     return page_of_tiles(views.heading("Gradients of units on noise"), panels)
 
 
@@ -138,16 +140,27 @@ class _Views(NamedTuple):
     def class_names(self) -> list[str]:
         return self.settings["classes"] or [f"class {c}" for c in range(10_000)]
 
-    def cells(self, of: str, names: Sequence[str], kinds: Sequence[str]) -> list[Cell]:
+    def cells(self, of: str, names: Sequence[str], kinds: Sequence[str], only_alive: bool = False) -> list[Cell]:
         """A cell for each pictured class or unit: examples on noise, and the means over inputs of some kinds."""
-        examples, pictured = self.arrays[f"{of}/examples"], self.arrays[f"{of}/pictured"]
-        means = [self.arrays[f"{of}/mean/{kind}"] for kind in kinds]
-        stabilities = [self.arrays[f"{of}/stability/{kind}"] for kind in kinds]
         cells = []
-        for row, i in thin(list(enumerate(pictured)), MAX_CELLS):
-            tiles = [gradient_tile(g) for g in (*examples[row], *(mean[row] for mean in means))]
-            cells.append(Cell(tiles, f"{names[i]} · {', '.join(f'{s[i]:.2f}' for s in stabilities)}"))
+        for row, i in self.pictured(of):
+            if only_alive and self.arrays[f"{of}/zeros/noise"][i] == 1:
+                continue
+            gradients = *self.arrays[f"{of}/examples"][row], *(self.arrays[f"{of}/mean/{kind}"][row] for kind in kinds)
+            stabilities = ", ".join(f"{self.arrays[f'{of}/stability/{kind}'][i]:.2f}" for kind in kinds)
+            cells.append(Cell([gradient_tile(g) for g in gradients], f"{names[i]} · {stabilities}"))
         return cells
+
+    def pictured(self, of: str) -> list[tuple[int, int]]:
+        """Of the classes or units that have pictures, as many as a page holds: positions there, and among all."""
+        return thin(list(enumerate(self.arrays.get(f"{of}/pictured", ()))), MAX_CELLS)
+
+    def about_units(self, of: str, num_shown: int) -> str:
+        """What stands below a page of units, `num_shown` of them."""
+        num = len(self.pictured(of))
+        dead = f". {num - num_shown} of {num} are dead and left out" if num_shown < num else ""
+        inputs = f"two inputs of noise, their mean over {self.settings['samples']}"
+        return f"each: gradients on {inputs}. Numbers: stability on noise{dead}"
 
     def towards(self, classes: Sequence[int | str] | None) -> np.ndarray:
         """The classes whose gradients stand beside each image, (M, K)."""
@@ -215,5 +228,5 @@ class _Scores:
         from matplotlib.lines import Line2D
 
         lines = [Line2D([], [], color=color, label=plain(name)) for name, color in self.drawn.items()]
-        styles = {"on noise, and both": "-", "on images": "--", "white noise": ":"}
+        styles = {"on noise, and agreement": "-", "on images": "--", "white noise": ":"}
         return lines + [Line2D([], [], color="0.3", linestyle=style, label=label) for label, style in styles.items()]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from run.run_folder import RunFolder
 
 IMAGES, SAMPLES, UNITS = 60, 64, 60
-EXAMPLES = 2  # noise inputs whose gradients are kept beside their mean
+EXAMPLES = 2  # gradients on noise that are kept beside their mean
 AT_ONCE = 2**22  # numbers of the gradients that are held at once
 KEPT = 2**22  # numbers of all classes' gradients on images that are kept; of more, those of two classes
 NAMED = 100  # classes up to which each has columns
@@ -66,8 +66,8 @@ class Views(Viewing):
     `gradients` (M, K, *shape) of the classes `gradients_of` (M, K), which are all or, where that is too much, an
     image's own and the wrong one of the largest logit; `filters` of the first layer; `classes/SCORE/KIND` (C,);
     `units/LAYER/SCORE/KIND` (U,) of the units `units/LAYER/index`. Under `classes/` and `units/LAYER/` also, of those
-    at the positions `pictured`, `examples` (…, E, *shape), gradients on the first inputs of noise, and `mean/KIND`, the
-    means over the inputs.
+    at the positions `pictured`, `examples` (…, E, *shape), the gradients on the first inputs of noise where they are
+    not zero, and `mean/KIND`, the means over all inputs.
     """
 
     name = "views"
@@ -195,7 +195,7 @@ class Views(Viewing):
             g = {kind: of_kind[: self.samples] for kind, of_kind in found.items()}
             also(part, g, found["images"])
             mine = shown[(shown >= part.start) & (shown < part.stop)] - part.start
-            pictures = {"examples": g["noise"][:EXAMPLES, mine].transpose(0, 1)}
+            pictures = {"examples": examples_of(g["noise"][:, mine])}
             pictures |= {f"mean/{kind}": of_kind[:, mine].mean(0) for kind, of_kind in g.items()}
             for into, arrays in ((scores, scores_of(g)), (kept, pictures)):
                 for name, array in arrays.items():
@@ -250,6 +250,12 @@ def scores_of(g: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if of_kind.dim() == 5:
             found[f"roughness/{kind}"] = roughness(of_kind).nanmean(0)
     return found | {"agreement": agreement(g["noise"], g["images"])}
+
+
+def examples_of(g: Tensor) -> Tensor:
+    """Of gradients (n, U, *shape) for each unit the first ones that are not zero, (U, E, *shape)."""
+    order = is_not_zero(g).byte().sort(dim=0, descending=True, stable=True).indices[:EXAMPLES]  # (E, U)
+    return g[order, torch.arange(g.shape[1], device=g.device)].transpose(0, 1)
 
 
 def at_even_steps(num: int, limit: int) -> Tensor:

@@ -240,7 +240,7 @@ def _pictures(layer, seed, images=6, units=5, shape=(1, 4, 4)):
         kept |= {f"{of}/pictured": np.arange(num), f"{of}/examples": noise.normal(size=(num, 2, *shape))}
         for kind in ("noise", "images"):
             kept[f"{of}/mean/{kind}"] = noise.normal(size=(num, *shape))
-            kept[f"{of}/stability/{kind}"] = np.linspace(0, 1, num)
+            kept |= {f"{of}/stability/{kind}": np.linspace(0, 1, num), f"{of}/zeros/{kind}": np.zeros(num)}
     return kept
 
 

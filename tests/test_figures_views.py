@@ -5,7 +5,8 @@ import pytest
 from made_runs import legend_labels, lines, load, make_run, panels, read, sentence, title
 
 import plots
-from figures.tiles import Cell, Panel, gradient_tile, image_tile
+from figures.pages import PAGE_WIDTH
+from figures.tiles import MARGIN, Cell, Panel, gradient_tile, image_tile
 from run.arrays import Arrays
 from run.arrays import read as read_arrays
 
@@ -122,6 +123,15 @@ def test_classes_and_units_show_examples_before_means_and_their_stability(run, a
     np.testing.assert_array_equal(tiles(drawn)[-1], gradient_tile(arrays["units/avgpool/mean/noise"][4]))
 
 
+def test_units_that_are_dead_on_noise_are_left_out_and_counted(folder, tmp_path):
+    zeros = np.array([0, 1, 0.5, 1, 0])
+    drawn = plots.views_units(changed(folder, tmp_path / "dead", **{"units/avgpool/zeros/noise": zeros}))
+    assert [name.partition(" ·")[0] for name in titles(drawn)] == ["unit 0", "unit 4", "unit 8"]
+    assert panels(drawn)[0].get_xlabel().endswith("2 of 5 are dead and left out")
+    drawn = plots.views_units(changed(folder, tmp_path / "all", **{"units/avgpool/zeros/noise": np.ones(5)}))
+    assert sentence(drawn).startswith("No unit")
+
+
 def test_every_filter_is_a_tile_in_its_colors(run, arrays):
     found = tiles(plots.views_filters(run))
     assert len(found) == 7
@@ -143,8 +153,10 @@ def test_tiles_of_a_page_do_not_overlap_and_titles_stay_over_their_cells(folder,
 def test_many_cells_fill_rows_as_wide_as_the_page():
     cells = [Cell([np.zeros((4, 4, 3))] * 3, "x")] * 60
     panel = Panel(cells, "", "")
-    assert panel.num_columns == 5 and panel.height < 8
-    assert Panel(cells[:2], "", "").num_columns == 2
+    assert panel.num_columns == 5 and panel.height < 8.5
+    assert panel.num_columns * panel.cell_size[0] + 4 * panel.between == pytest.approx(PAGE_WIDTH - MARGIN)
+    few = Panel(cells[:2], "", "")
+    assert few.num_columns == 2 and few.tile_size <= 1.3 * few.size
 
 
 def test_scores_over_epochs_are_drawn_for_classes_and_units_on_noise_and_images(run, folder):
