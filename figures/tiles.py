@@ -22,7 +22,7 @@ BETWEEN_TILES, BETWEEN_CELLS = 0.025, 0.14
 TITLE = 0.15  # height of a cell's title
 LETTER = 0.052  # width of a title's letter, on average
 FONT = 6.5
-CAPTION, LETTERS = 0.13, 118  # height of its line, and how many are in it
+CAPTION, LETTERS = 0.13, 128  # height of its line, and how many are in it
 DPI = 150
 ALERT = "#B03000"
 

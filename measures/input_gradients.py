@@ -116,7 +116,7 @@ def roughness(g: Tensor) -> Tensor:
     >>> roughness(chessboard[None]), roughness(chessboard[None] + 1)  # its mean takes half of the energy
     (tensor(1., dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
     """
-    energy = torch.fft.fft2(g.double()).abs().square().sum(-3)  # (…, H, W)
+    energy = torch.view_as_real(torch.fft.fft2(g.double())).square().sum((-4, -1))  # (…, H, W)
     is_high = high_frequencies(*g.shape[-2:]).to(energy.device)
     return (energy * is_high).sum((-2, -1)) / energy.sum((-2, -1))
 

@@ -165,3 +165,17 @@ def test_every_figure_of_clusters_is_in_the_docs():
     listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", prose(MEASURES), re.M)))
     assert names <= {*listed}
     assert {name.removeprefix("clusters/") for name in about.columns} - {"cka"} <= {*listed}
+
+
+def test_the_example_of_views_works_as_it_stands(capsys):
+    names = {}
+    [code] = blocks(ROOT / "docs/views.md", "python")
+    exec(code, names)
+    assert "tensor" in capsys.readouterr().out and names["units"].shape == (64, 2, 3, 32, 32)
+
+
+def test_every_picture_and_flag_of_views_is_in_the_docs():
+    [about] = [about for about in MEASURES_OF_RUNS if about.name == "views"]
+    listed = prose(ROOT / "docs/views.md")
+    assert all(f"`{name}.png`" in listed for name in about.pictures)
+    assert all(f"`--{flag.name.replace('_', '-')}`" in listed for flag in about.flags)
