@@ -25,14 +25,19 @@ def status_of(story: Callable[[], int]) -> int:
     warnings.formatwarning = in_a_sentence
     ranks.end_with_starter()
     try:
-        return attempt(story)
+        status = attempt(story)
+        Interrupted.over(*slurm.time_out_signals())  # who has ended needs no more time
+        return status
     except Interrupted as signal_:
-        Interrupted.over()
+        is_out_of_time = signal_.number == signal.SIGUSR1
+        # SLURM ends the others' remains, and a job that it queues again, by SIGTERM: also who still asks it for that.
+        Interrupted.over(*([signal.SIGUSR1, signal.SIGTERM] if is_out_of_time else []))
+        ranks.end_by_itself()
         if ranks.name_by_environment():
             time.sleep(ranks.COURTESY)  # the first rank says it, and asks SLURM for another turn
             return signal_.status
         ended(signal_, signal_.status)
-        return ended(slurm.requeue(), signal_.status) if signal_.number == signal.SIGUSR1 else signal_.status
+        return ended(slurm.requeue(), signal_.status) if is_out_of_time else signal_.status
 
 
 def attempt(story: Callable[[], int]) -> int:

@@ -51,6 +51,7 @@ class Interrupted(BaseException):
         self.number = number
         self.status = 128 + number
         self.advice = ""
+        self.has_advanced = False  # whether the run left more to go on from than it found
 
     def __str__(self) -> str:
         return super().__str__() + self.advice
@@ -81,9 +82,14 @@ class Interrupted(BaseException):
             signal.signal(number, handler)
 
     @staticmethod
-    def over() -> None:
-        """The exception has arrived where the program ends."""
+    def over(*deaf_to: int) -> None:
+        """The exception, or the story, has arrived where the program ends; these signals change nothing any more.
+
+        Nor in programs that are started from now on. A mere handler would be gone while Python ends.
+        """
         signal.setitimer(signal.ITIMER_PROF, 0)
+        for number in deaf_to:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _silent_about_interruptions(lost: "sys.UnraisableHookArgs") -> None:

@@ -93,6 +93,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+_is_ending = threading.Event()
 
 
 def _device_of_collectives(tensor: Tensor) -> object:
@@ -165,8 +166,15 @@ def _end_without(processes: list[Popen], ranks: Ranks) -> None:
     while not any(process.poll() for process in processes):
         time.sleep(WATCH)
     time.sleep(COURTESY)
+    if _is_ending.is_set():
+        return
     print(f"{command.NAME}: {LOST}{ranks.advice}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def end_by_itself() -> None:
+    """From now on this process is about to end, and not to be ended because another one has."""
+    _is_ending.set()
 
 
 def end_with_starter() -> None:

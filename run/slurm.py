@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the program starts with this module and must be quick to li
     from pathlib import Path
 
 PORT_STEP = 101  # between runs of one job
+ASKED_BY_SCRIPT = "REQUEUED_BY_SCRIPT"  # the job whose script asks for another turn itself when a run ends with 138
 INTERACTIVE = ("bash", "interactive")  # names of jobs in which somebody sits at the terminal, as Lightning has it
 
 
@@ -61,18 +62,25 @@ def port_of_run(number: int) -> dict[str, str]:
 
 
 def requeue() -> str:
-    """Ask SLURM to start this job again, once for all its processes; what came of it, in a sentence."""
+    """Ask SLURM to start this job again, unless its script does; what came of it, in a sentence.
+
+    To be called deaf to SIGTERM, as then `scontrol` is, too: SLURM sends it to all processes once it has agreed, or
+    when another process of the job has ended, and whoever asked would not hear the answer or not even be heard.
+    """
     import subprocess
 
-    if os.environ.get("SLURM_PROCID", "0") != "0":
-        return "the job's first process asks SLURM to start it again"
     job = job_id()
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if os.environ.get(ASKED_BY_SCRIPT) == job_id():
+        return f"its script asks SLURM to start job {job} again, which then goes on"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     except OSError as error:
         return f"SLURM cannot be asked to start job {job} again: scontrol: {error.strerror}"
+    if done.returncode < 0:
+        killer = signal.Signals(-done.returncode).name
+        return f"SLURM was asked to start job {job} again, but {killer} ended scontrol before it had an answer"
     if done.returncode != 0:
         return f"SLURM refuses to start job {job} again: {' '.join(done.stderr.split())}"
     return f"SLURM starts job {job} again, which then goes on"

@@ -20,12 +20,13 @@
 
 set -euo pipefail
 status=0
+export REQUEUED_BY_SCRIPT="$SLURM_JOB_ID" # main.py could not ask for another turn: a container has no scontrol
 # Without --cleanenv, which would hide SLURM's variables from Lightning.
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     apptainer run --nv "${IMAGE:-master_thesis.sif}" \
     python main.py "$@" --devices "${SLURM_NTASKS_PER_NODE:-1}" --num-nodes "${SLURM_NNODES:-1}" || status=$?
 
-# 138: out of time. In the container there is no scontrol with which main.py could ask for another turn.
+# 138: out of time. Asked from outside of srun, which ends the other processes when the first of them has left.
 if [[ $status -eq 138 ]]; then
     job="$SLURM_JOB_ID"
     # By its two numbers: one task of every array has the number of the whole array for its own.

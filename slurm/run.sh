@@ -30,5 +30,16 @@
 ##SBATCH --account=NAME
 
 set -euo pipefail
-exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    python main.py "$@" --devices "${SLURM_NTASKS_PER_NODE:-1}" --num-nodes "${SLURM_NNODES:-1}"
+status=0
+export REQUEUED_BY_SCRIPT="$SLURM_JOB_ID" # main.py asks for another turn itself where no script says that it does
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    python main.py "$@" --devices "${SLURM_NTASKS_PER_NODE:-1}" --num-nodes "${SLURM_NNODES:-1}" || status=$?
+
+# 138: out of time. Asked from outside of srun, which ends the other processes when the first of them has left.
+if [[ $status -eq 138 ]]; then
+    job="$SLURM_JOB_ID"
+    # By its two numbers: one task of every array has the number of the whole array for its own.
+    [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    scontrol requeue "$job"
+fi
+exit "$status"

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from functools import partial
@@ -25,6 +26,7 @@ from measures.decodable_information import decodable_information, shared_out
 from measures.neural_collapse import neural_collapse
 from measures.rank import rank
 from networks import build_network
+from run import ranks
 from run.ranks import Ranks, is_lost_rank, name_by_environment
 from run.run_folder import RunFolder
 
@@ -376,6 +378,14 @@ def test_a_process_that_dies_while_the_first_computes_on_its_own_ends_the_run_to
     _, text = process.communicate(timeout=30)
     assert process.returncode == 1 and text.count("\n") == 1
     assert "another process of this run ended early" in text and "lightning_logs/version_0` goes on" in text
+
+
+def test_who_asks_for_another_turn_is_not_ended_because_the_others_have_left(monkeypatch):
+    monkeypatch.setattr(ranks, "COURTESY", 0)
+    monkeypatch.setattr(ranks, "_is_ending", threading.Event())
+    monkeypatch.setattr(ranks.os, "_exit", lambda status: pytest.fail("it was ended"))
+    ranks.end_by_itself()
+    ranks._end_without([Namespace(poll=lambda: 138)], Ranks())
 
 
 def test_ranks_with_other_flags_are_refused(tmp_path):

@@ -282,6 +282,62 @@ def test_a_requeue_that_fails_is_said(tmp_path, scontrol):
     assert status == 138 and "goes on" in text and "SLURM refuses to start job 77 again: Invalid job" in text
 
 
+def test_the_request_and_its_answer_outlive_what_slurm_ends_the_job_with(tmp_path, scontrol):
+    """SIGTERM, to all processes of a job: of one that is queued again, or of which another process has left."""
+    program = tmp_path / "bin" / "scontrol"
+    program.write_text(f'#!/bin/sh\nkill -TERM $$ $PPID\nsleep 0.2\necho "$@" >> {tmp_path}/asked\n')
+    meddle = partial(signal_at, *PHASES["training"], signal.SIGUSR1)
+    status, text = finish(SHORT, tmp_path, meddle=meddle, env=scontrol)
+    assert status == 138 and "SLURM starts job 77 again" in text and text.count("\n") == 2
+    assert Path("asked").read_text() == "requeue 77\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "env", "said"),
+    [
+        (
+            "kill -KILL $$",
+            {},
+            "SLURM was asked to start job 77 again, but SIGKILL ended scontrol before it had an answer",
+        ),
+        ("exit 1", {slurm.ASKED_BY_SCRIPT: "77"}, "its script asks SLURM to start job 77 again, which then goes on"),
+        ("exit 0", {slurm.ASKED_BY_SCRIPT: "76"}, "SLURM starts job 77 again, which then goes on"),
+    ],
+)
+def test_what_became_of_the_request_is_said_as_it_is(lines, env, said, scontrol, monkeypatch):
+    (Path(scontrol["PATH"].partition(":")[0]) / "scontrol").write_text(f"#!/bin/sh\n{lines}\n")
+    for name, value in {**scontrol, **env}.items():
+        monkeypatch.setenv(name, value)
+    assert slurm.requeue() == said
+
+
+def test_where_there_is_no_scontrol_that_is_said(monkeypatch):
+    for name, value in {**SLURM, "PATH": ""}.items():
+        monkeypatch.setenv(name, value)
+    assert slurm.requeue() == "SLURM cannot be asked to start job 77 again: scontrol: No such file or directory"
+
+
+ENDING = """
+import atexit, sys, time
+from run.ending import status_of
+
+status = status_of(lambda: {status})
+atexit.register(time.sleep, 2)
+print("ending", flush=True)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_lack_of_time_after_the_end_changes_no_status(status):
+    line = [sys.executable, "-c", ENDING.format(status=status)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | SLURM, **pipes)
+    assert process.stdout.readline() == "ending\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == status
+
+
 # Not allowed to write
 
 

@@ -156,18 +156,25 @@ def test_an_array_too_long_and_a_job_that_is_no_array_start_nothing(cluster):
 
 @pytest.mark.parametrize("status", [0, 1, 2, 130, 137, 138, 143])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_programs_status_is_the_jobs_and_only_out_of_time_in_a_container_asks_for_another_turn(
-    script, status, cluster
-):
+def test_the_programs_status_is_the_jobs_and_only_out_of_time_asks_for_another_turn(script, status, cluster):
     task = 5 if script == "array.sh" else None
     assert job(cluster, script, *FLAGS, task=task, env={"STATUS": str(status)}).returncode == status
     asked = [call["argv"] for call in cluster.calls("scontrol")]
-    assert asked == ([["requeue", "77"]] if (script, status) == ("container.sh", 138) else [])
+    assert asked == ([["requeue", "77" if task is None else "70_5"]] if status == 138 else [])
 
 
-def test_a_task_of_an_array_in_a_container_asks_for_itself_not_for_the_whole_array(cluster):
-    assert job(cluster, "container.sh", *FLAGS, task=5, env={"STATUS": "138"}).returncode == 138
+@pytest.mark.parametrize("script", ["container.sh", "run.sh"])
+def test_a_task_of_an_array_asks_for_itself_not_for_the_whole_array(script, cluster):
+    assert job(cluster, script, *FLAGS, task=5, env={"STATUS": "138"}).returncode == 138
     assert [call["argv"] for call in cluster.calls("scontrol")] == [["requeue", "70_5"]]
+
+
+def test_the_program_knows_that_the_script_asks_and_both_scripts_end_alike(cluster):
+    for script in SCRIPTS:
+        job(cluster, script, *FLAGS, task=0)
+    assert {call["env"][slurm.ASKED_BY_SCRIPT] for call in cluster.calls("python")} == {"77"}
+    ends = {(ROOT / "slurm" / name).read_text().partition("|| status=$?")[2] for name in ("run.sh", "container.sh")}
+    assert len(ends) == 1 and "requeue" in ends.pop()
 
 
 # What Lightning sees
