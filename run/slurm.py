@@ -36,6 +36,11 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") or None
 
 
+def started_several() -> bool:
+    """Whether this is one of several tasks of an `srun`, in a batch job or typed into an allocation of `salloc`."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in os.environ
+
+
 def own_share(seeds: Sequence[int]) -> list[int]:
     """Of several seeds the one of this task, if it is one of an array job; else all of them."""
     number = os.environ.get("SLURM_ARRAY_TASK_ID")

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 
-from run import ranks
+from run import command, ranks, slurm
 from run.checkpoints import WholeCheckpoints
 from run.console import OwnSignals, silence_libraries
 from run.ddp import SteadyDDP
@@ -51,6 +51,8 @@ def new_trainer(args: Namespace, **options: Any) -> Trainer:
     if crowd:
         raise WrongFlag(crowd)
     try:
+        if slurm.started_several():  # in an allocation too, from whose name Lightning concludes that nobody did
+            os.environ["SLURM_JOB_NAME"] = command.NAME
         if SLURMEnvironment.detect():  # else four tasks with --devices 1 would be four runs
             SLURMEnvironment().validate_settings(args.devices, args.num_nodes)
         return Trainer(**options)

@@ -232,6 +232,26 @@ def test_ntasks_without_ntasks_per_node_is_refused_with_what_to_set(cluster, as_
         new_trainer(args)
 
 
+@pytest.mark.parametrize("name", ["interactive", "bash"])
+def test_several_tasks_typed_into_an_allocation_are_one_run_too(name, cluster, as_rank, monkeypatch):
+    job(cluster, "run.sh", *FLAGS, ntasks_per_node=2, env={"SLURM_JOB_NAME": name, "SLURM_STEP_NUM_TASKS": "2"})
+    for rank, call in enumerate(cluster.calls("python")):
+        args = as_rank(call)
+        trainer = new_trainer(args)
+        assert (trainer.world_size, trainer.global_rank, trainer.local_rank) == (2, rank, rank)
+    args.devices = 1
+    monkeypatch.setenv("SLURM_JOB_NAME", name)
+    with pytest.raises(UserError, match="--ntasks-per-node=2"):
+        new_trainer(args)
+
+
+def test_a_single_task_typed_into_an_allocation_starts_its_processes_itself(cluster, as_rank):
+    job(cluster, "run.sh", *FLAGS, env={"SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": "1"})
+    args = as_rank(cluster.calls("python")[0])
+    args.devices = 2
+    assert new_trainer(args).strategy.launcher is not None and not SLURMEnvironment.detect()
+
+
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_run_where_srun_is_at_hand_says_nothing_of_it(quiet, cluster, tmp_path):
     argv = ["-e", "1", "--no-dib", "--no-plots", "--lr-range-test", *["--quiet"] * quiet]
