@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from run import ranks
 from run.ending import memory_for, status_of
+from run.turns import turn
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -36,7 +37,7 @@ def story(argv: list[str]) -> int:
     from flags import get_args
 
     args = get_args(argv)
-    with memory_for(args.batch_size):
+    with memory_for(args.batch_size), turn(args.log_dir):
         if args.list_layers:
             list_layers(args)
         elif isinstance(args.seed, list):

@@ -39,6 +39,15 @@ def same_file(path: Path, other: Path) -> None:
         write_whole(other, path.read_bytes())
 
 
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Another one whenever a file was replaced; None where there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left beside the files of a folder that is ours alone."""
     for leftover in folder.rglob(".*.tmp"):

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from run import command
+from run import command, turns
 from run.arrays import Arrays
 from run.checkpoints import read_checkpoint
 from run.epochs import why_of_one_length
 from run.errors import Interrupted, UserError, WrongFlag
-from run.files import remove_leftovers, write_whole
+from run.files import remove_leftovers, stamp, write_whole
 from run.provenance import provenance
 from run.ranks import ALONE, LOST, Ranks, is_lost_rank
 from run.record import EpochTable, rise
@@ -42,9 +42,9 @@ class RunFolder:
         self.arrays = Arrays(path)
         self.checkpoint: Path | None = None
         self.epoch: int | None = None
-        last = path / "checkpoints" / "last.ckpt"
-        if last.exists():
-            self.checkpoint, self.epoch = last, read_checkpoint(last)["epoch"] + 1
+        self._last = path / "checkpoints" / "last.ckpt"
+        if self._last.exists():
+            self.checkpoint, self.epoch = self._last, read_checkpoint(self._last)["epoch"] + 1
 
     @classmethod
     def new(cls, log_dir: str | Path, name: str | None = None) -> "RunFolder":
@@ -91,6 +91,7 @@ class RunFolder:
             self._lock = open(self.path / ".lock", "w")  # a killed process loses its lock, so none is ever stale
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_free = not self.is_new or holds_no_run(self.path)  # else another run of that name was faster
+            self._begun_at = stamp(self._last)
             if is_free:
                 remove_leftovers(self.path)
                 self.arrays.drop_after(self.epoch)
@@ -107,9 +108,12 @@ class RunFolder:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not self.is_ours:
             return
+        has_advanced = stamp(self._last) != self._begun_at
+        if has_advanced:
+            turns.forget(self.path.parent)
         self._lock.close()
         if isinstance(error, Interrupted):
-            error.advice = self.advice
+            error.advice, error.has_advanced = self.advice, has_advanced
         elif isinstance(error, RuntimeError) and is_lost_rank(error):
             raise UserError(LOST + self.advice) from error
 

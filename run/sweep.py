@@ -46,6 +46,7 @@ def sweep(args: Namespace, argv: Sequence[str]) -> int:
                 print(f"{program.NAME}: seed {seed} failed with exit status {status}", file=sys.stderr)
     except Interrupted as signal_:
         signal_.advice = f"; finished are seeds {words(folders)} of {words(seeds)}"
+        signal_.has_advanced = True  # the seed that ran has noted it where not
         raise
     finally:
         say(args, closing(folders))
