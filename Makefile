@@ -1,5 +1,5 @@
 # make run ARGS="-m ResNet -d CIFAR10" · make test · make test-processors · make test-oldest · make torture · make lint
-# make bench · make bench-gpu · make clean
+# make test-cluster, with slurm-wlm and as root · make bench · make bench-gpu · make clean
 # Everything is installed into .venv, with the interpreter PYTHON; into .venv-oldest, for make test-oldest, the lowest
 # versions that requirements.txt allows.
 
@@ -17,7 +17,7 @@ BENCHMARKS := startup training_loop data nc1 nc1_scaling dib_heads run_with_meas
 PROCESSORS := default $(shell grep -qs avx2 /proc/cpuinfo && echo avx2) \
 	$(shell grep -qs avx512vl /proc/cpuinfo && echo avx512)
 
-.PHONY: run test test-processors test-oldest torture lint bench bench-gpu clean
+.PHONY: run test test-processors test-oldest test-cluster torture lint bench bench-gpu clean
 
 run: $(VENV)/core
 	$(BIN)/python main.py $(ARGS)
@@ -33,6 +33,9 @@ test-processors: $(VENV)/test
 
 test-oldest: $(OLDEST)/test
 	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
+
+test-cluster: $(VENV)/test
+	$(BIN)/python -m pytest -rs tests/cluster.py $(ARGS)
 
 torture: test-processors
 	$(BIN)/python -m pytest -s tests/torture.py $(ARGS)
