@@ -9,7 +9,6 @@ import csv
 import functools
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from run.catalogue import measure_and_layer
 from run.errors import UserError
+from run.listed import is_run, last_written, run_folders
 
 if TYPE_CHECKING:  # pandas takes half a second to import, which is done once there is something to read
     from pandas import DataFrame, Index
@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # pandas takes half a second to import, which is done once th
 SPLITS = ("train", "test")
 # Of runs that did not write down their layers.
 LAYER_COLUMN = re.compile(r"(?:nc1(?:_chance)?/(?:train|test)|dib/(?:loss|minimality)|rank/\w+/(?:train|test))/(.+)")
-RUN_FILES = ("metrics.csv", "hparams.yaml", "lr_range_test.csv")
 HEAD_COLUMNS = ["epoch", "layer", "digit", "head_epoch", "cross_entropy"]
 LARGEST = 1e100  # a value beyond counts as infinite: the axes of a figure would overflow
 
@@ -65,41 +64,20 @@ class NoRuns(UserError):
 
 
 def _run_folders(path: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those in it that are, or should be, by their name."""
-    if _is_run(path):
-        return [path]
     try:
-        names = os.listdir(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise NoRuns(f"{path} is not a folder: give the folder of a run, such as lightning_logs/version_0") from None
-    except OSError as error:
-        raise NoRuns(f"{path} cannot be read: {error.strerror}") from None
-    names = [name for name in names if _is_run(path / name) or name.startswith("version_")]
-    return [path / name for name in sorted(names, key=_natural)]
-
-
-def _is_run(folder: Path) -> bool:
-    # os.path.isfile, unlike Path.is_file, is False for names that no file can have
-    return any(os.path.isfile(folder / name) for name in RUN_FILES)
-
-
-def _natural(name: str) -> list[tuple[str, int]]:
-    """Sorts version_2 before version_10."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+        return run_folders(path)
+    except UserError as error:
+        raise NoRuns(str(error)) from None
 
 
 def _newest(folders: Iterable[Path]) -> list[Run]:
     """The newest run that is not empty, behind the empty ones that are newer still."""
     runs = []
-    for folder in sorted(folders, key=_last_written, reverse=True):
+    for folder in sorted(folders, key=last_written, reverse=True):
         runs.append(Run(folder))
         if not runs[-1].why_empty:
             break
     return runs
-
-
-def _last_written(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in map(folder.joinpath, RUN_FILES) if path.exists()), default=0)
 
 
 class Run:
@@ -176,7 +154,7 @@ class Run:
             return None
         named = Path(source)
         for folder in (named, *list(named.parents)[:2], *(self.folder.parent / part for part in named.parts)):
-            if _is_run(folder) and folder.resolve() not in known:
+            if is_run(folder) and folder.resolve() not in known:
                 return folder
         self.notes.append(f"{self.folder} lacks its first epochs: {source}, which it resumed, is not there.")
         return None

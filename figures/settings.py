@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,17 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from figures.runs import Run, concat
+from run.settings import differing, grouped, in_words, is_number, key_of, setting_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 MAX_SETTINGS = 60  # whose pages a program can show and whose lines an eye can follow, if barely
-# Flags that say where and how to compute, not what: runs that differ in them are still one setting.
-BOOKKEEPING = {
-    *("log_dir", "name", "seed", "resume", "resumed_from", "config", "provenance", "data_dir", "lr_range_test"),
-    *("accelerator", "devices", "num_nodes", "strategy", "compile", "cache_gb"),
-    *("keep_going", "save_every", "dib_save", "plots", "quiet", "tsne", "save_activations", "activations_format"),
-}
 
 
 class Band(NamedTuple):
@@ -134,46 +128,28 @@ class Comparison:
 def compare(runs: Run | Sequence[Run]) -> Comparison:
     """Groups runs into settings and labels these by the flags in which they differ."""
     runs = [runs] if isinstance(runs, Run) else runs
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(sorted(_flags(run).items())), []).append(run)
-    flags = [_flags(group[0]) for group in groups.values()]
-    names = dict.fromkeys(["model", "dataset", *(name for each in flags for name in each)])
-    differing = [name for name in names if len({each.get(name) for each in flags}) > 1]
-    common = [flags[0][name] for name in ("model", "dataset") if name in flags[0] and name not in differing]
+    groups = grouped((key_of(_setting(run)), run) for run in runs)
+    flags = [_setting(group[0]) for group in groups]
+    words = [{flag: in_words(flag, value) for flag, value in each.items()} for each in flags]
+    names = differing(flags)
+    common = [words[0][name] for name in ("model", "dataset") if name in flags[0] and name not in names]
     subject = " on ".join(common)
-    labels = _labels(flags, differing) if differing else [subject or str(runs[0].folder)]
+    labels = _labels(words, names) if names else [subject or str(runs[0].folder)]
     settings = [
-        Setting(tuple(group), label, tuple(_value(group[0], flag, each.get(flag, "")) for flag in differing))
-        for group, label, each in zip(groups.values(), labels, flags, strict=True)
+        Setting(tuple(group), label, tuple(_value(each.get(flag, ""), flag) for flag in names))
+        for group, label, each in zip(groups, labels, flags, strict=True)
     ]
     return Comparison(tuple(settings[:MAX_SETTINGS]), len(settings), subject)
 
 
-def _flags(run: Run) -> dict[str, str]:
-    """Each flag of a run in words; a run whose flags are unknown equals no other."""
-    known = {str(flag): value for flag, value in run.hparams.items() if flag not in BOOKKEEPING}
-    if known:
-        known.setdefault("loss", "cross-entropy")  # a run from before there was another
-    if run.hparams.get("lr_range_test"):
-        known["learning_rate"] = "from range test"  # which chooses another one for every seed
-    return {flag: _in_words(flag, value) for flag, value in known.items()} or {"folder": str(run.folder)}
+def _setting(run: Run) -> dict[str, object]:
+    """The flags that make a run's setting; a run whose flags are unknown equals no other."""
+    return setting_of(run.hparams) or {"folder": str(run.folder)}
 
 
-def _value(run: Run, flag: str, words: str) -> float | str:
-    """A flag's number, if it is one that was given, else the words for it."""
-    given = run.hparams.get(flag)
-    is_number = isinstance(given, int | float) and not isinstance(given, bool) and words == _in_words(flag, given)
-    return float(given) if is_number and math.isfinite(given) else words
-
-
-def _in_words(flag: str, value: object) -> str:
-    """A flag as one says it: nonlinearity relu; batch-norm; no batch-norm; MLP."""
-    name = flag.replace("_", "-")
-    if value is None or isinstance(value, bool):
-        return name if value else f"no {name}"
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if flag in ("model", "dataset") else f"{name} {text}".rstrip()
+def _value(value: object, flag: str) -> float | str:
+    """A flag's number, if it is one, else the words for it."""
+    return float(value) if is_number(value) else in_words(flag, value)
 
 
 def _labels(flags: Sequence[dict[str, str]], differing: Sequence[str]) -> list[str]:

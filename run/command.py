@@ -5,6 +5,7 @@ from pathlib import Path
 
 PACKAGE, _, _ = __package__.rpartition(".")  # empty in a checkout
 NAME, LINE = (PACKAGE, PACKAGE) if PACKAGE else ("main.py", "python main.py")
+RUNS_NAME = f"{PACKAGE}_runs" if PACKAGE else "runs.py"
 PLOTS_NAME, PLOTS_LINE = (f"{PACKAGE}_plots",) * 2 if PACKAGE else ("plots.py", "python plots.py")
 
 

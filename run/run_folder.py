@@ -5,12 +5,13 @@ Every file is written beside its place and renamed into it: a reader finds the o
 
 import fcntl
 import shlex
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -23,6 +24,8 @@ from run.files import remove_leftovers, stamp, write_whole
 from run.provenance import provenance
 from run.ranks import ALONE, LOST, Ranks, is_lost_rank
 from run.record import EpochTable, rise
+
+GLANCE = 0.1  # seconds: more than who looks at a lock takes for it
 
 
 class RunFolder:
@@ -89,7 +92,7 @@ class RunFolder:
             return self
         try:
             self._lock = open(self.path / ".lock", "w")  # a killed process loses its lock, so none is ever stale
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._lock)
             is_free = not self.is_new or holds_no_run(self.path)  # else another run of that name was faster
             self._begun_at = stamp(self._last)
             if is_free:
@@ -179,6 +182,18 @@ def holds_no_run(folder: Path) -> bool:
     return folder.is_dir() and all(
         path.name == ".lock" or fnmatchcase(path.name, ".hparams.yaml.*.tmp") for path in folder.iterdir()
     )
+
+
+def _lock(file: IO) -> None:
+    """Be the one who writes in a folder; an error if another one is.
+
+    Who only looks whether there is one holds the lock himself for a moment, so it is tried twice.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(GLANCE)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _taken(path: Path) -> UserError:

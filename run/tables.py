@@ -3,7 +3,7 @@
 import math
 import statistics
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,13 @@ def epoch_line(epoch: int, num_epochs: int, values: Mapping[str, float]) -> str:
     return "   ".join(parts)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns below each other: the first to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
+    """Columns below each other: the first to the left, or those of these numbers, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *others])
+        placed = enumerate(zip(cells, widths, strict=True))
+        return "  ".join(f"{cell:<{w}}" if i in left else f"{cell:>{w}}" for i, (cell, w) in placed).rstrip()
 
     return "\n".join(map(line, [header, *rows]))
 

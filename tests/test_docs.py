@@ -13,6 +13,7 @@ from processes import ROOT
 
 import flags
 import plots
+import runs
 from measures import saved
 from run.arrays import Arrays
 from run.catalogue import MEASURES as MEASURES_OF_RUNS
@@ -30,7 +31,9 @@ PROGRAMS = {  # what stands before a program's flags, and who reads them
     r"\bslurm/\w+\.sh": flags.get_args,
     r"^master_thesis": flags.get_args,
     r"\bpython plots\.py": plots.get_args,
+    r"\bpython runs\.py": runs.get_args,
     r"^master_thesis_plots": plots.get_args,
+    r"^master_thesis_runs": runs.get_args,
     r"\bpython -m measures\.clusters": saved.get_args,
 }
 

@@ -12,6 +12,7 @@ FLOORS = (
     "utils",
     "flags",
     "plots",
+    "runs",
     "measures",
     "figures",
     "classifier",
@@ -87,7 +88,7 @@ def test_no_module_needs_one_that_needs_it():
 def test_the_command_line_needs_nothing_heavy():
     """Found by what is imported at the top, as an import within a function waits until it is needed."""
     files = {name_of(path): path for path in MODULES}
-    seen, waiting = set(), {"flags", "run.ending"}
+    seen, waiting = set(), {"flags", "run.ending", "runs"}
     while waiting:
         name = waiting.pop()
         seen.add(name)
@@ -111,8 +112,11 @@ TESTED_WITH = {
     "run.ddp": "test_ranks",
     "run.ending": "test_robustness",
     "run.errors": "test_robustness",
+    "run.listed": "test_runs",
+    "run.listing": "test_runs",
     "run.parser": "test_flags",
     "run.seeds": "test_classifier",
+    "run.settings": "test_figures_settings",
     "run.slurm": "test_robustness",
     "run.trainer": "test_main",
     "measures.chains": "test_decodable_information",

@@ -9,7 +9,7 @@ from processes import ROOT
 
 import setup as building
 
-DECOYS = ("datasets", "utils", "run", "flags", "main", "plots", "measures", "figures", "networks")
+DECOYS = ("datasets", "utils", "run", "runs", "flags", "main", "plots", "measures", "figures", "networks")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,11 @@ def run(installed, *words, cwd):
 def test_all_of_it_lies_under_one_name(installed):
     tops = {path.name for path in installed.iterdir() if path.suffix != ".py"} - {"__pycache__"}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"master_thesis", "bin"}
-    assert {path.name for path in (installed / "bin").iterdir()} == {"master_thesis", "master_thesis_plots"}
+    assert {path.name for path in (installed / "bin").iterdir()} == {
+        "master_thesis",
+        "master_thesis_plots",
+        "master_thesis_runs",
+    }
     modules = {str(path.relative_to(installed / "master_thesis")) for path in installed.glob("master_thesis/**/*.py")}
     assert modules == {str(path.relative_to(ROOT)) for path in building.sources()} | {"__init__.py"}
 
@@ -56,6 +60,8 @@ def test_the_commands_train_several_seeds_and_draw_them(installed, tmp_path):
     assert again.returncode == 2 and again.stderr.startswith("master_thesis: error: unknown flag --epoch, perhaps")
     drawn = run(installed, str(installed / "bin/master_thesis_plots"), "lightning_logs", cwd=tmp_path)
     assert drawn.returncode == 0 and "plots/nc1_over_epochs.png" in drawn.stdout, drawn.stderr
+    listed = run(installed, str(installed / "bin/master_thesis_runs"), "--mean", "--csv", cwd=tmp_path)
+    assert listed.stdout.startswith("model,dataset,runs,done,last,best") and "\nMLP,SZT,2,2,0." in listed.stdout
 
 
 def test_its_library_is_imported_by_its_own_name_beside_others(installed, tmp_path):
