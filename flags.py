@@ -126,6 +126,8 @@ def _add_run(parser: Parser) -> None:
         help="print the measured layers with shape and dimension, and stop; `all`: every layer that --layers can name")
     add("--log-dir", metavar="DIR", help="where the runs' folders lie")
     add("--name", help="name of the run's folder (else version_0, version_1, …)")
+    add("--note", metavar="TEXT", help="what this run is for, in your words: kept with its flags, shown by runs.py")
+    add("--tag", nargs="+", metavar="WORD", help="words to find it by, as in `runs.py --where tag=WORD`")
     add("--seed", type=number(int, 0, 2**32 - 1), nargs="+", action=OneOrSeveral, metavar="N",
         help="seed of everything random; several: one run for each, and their means")
     add("--accelerator", choices=("auto", "cpu", "gpu"), help="where to compute")

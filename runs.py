@@ -25,6 +25,8 @@ from run.listed import Listed, run_folders
 from run.presets import DEFAULTS
 from run.tables import table as as_text
 
+MAX_NOTES = 10  # on what cannot be read
+
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of `python runs.py`."""
@@ -73,8 +75,11 @@ def _chosen(args: argparse.Namespace) -> list[Listed]:
     """The runs that are asked for, the newest first."""
     folders = {folder.resolve(): folder for path in args.folders for folder in run_folders(Path(path))}
     runs = [Listed(folder) for folder in folders.values()]
-    for note in (note for run in runs for note in run.notes):
+    notes = [note for run in runs for note in run.notes]
+    for note in notes[:MAX_NOTES]:
         _say(note)
+    if len(notes) > MAX_NOTES:
+        _say(f"… and so in {len(notes) - MAX_NOTES} more files.")
     if not runs:
         raise UserError(f"there is no run in {', '.join(args.folders)}")
     return listing.where(listing.newest_first(runs), args.where)

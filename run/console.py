@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -22,7 +23,8 @@ UNWANTED_WARNINGS = (
 
 
 class Console(Callback):
-    """One bar over the steps of the whole run and above it a line per epoch; neither with `quiet`."""
+    """One bar over the steps of the whole run and above it a line per epoch, with the seconds that it took, measures
+    among them; neither with `quiet`."""
 
     def __init__(self, *, quiet: bool = False):
         self.quiet = quiet
@@ -45,6 +47,7 @@ class Console(Callback):
         self._say_lines(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
         self._bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
 
     def on_train_batch_end(self, *_: object) -> None:
@@ -52,7 +55,8 @@ class Console(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self.say(epoch_line(trainer.current_epoch + 1, trainer.max_epochs, pl_module.values))
+            seconds = time.perf_counter() - self._start
+            self.say(epoch_line(trainer.current_epoch + 1, trainer.max_epochs, pl_module.values, seconds))
         self._say_lines(trainer)
 
     def _say_lines(self, trainer: Trainer) -> None:

@@ -31,6 +31,8 @@ DEFAULTS = {
     "list_layers": None,
     "log_dir": "lightning_logs",
     "name": None,
+    "note": None,
+    "tag": None,
     "seed": 0,
     "accelerator": "auto",
     "devices": 1,
@@ -178,8 +180,8 @@ POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
 OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
-                  "num_nodes", "plots", "strategy", "threads")  # fmt: skip
-OF_SEVERAL = ("seed", "classes", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
+                  "note", "num_nodes", "plots", "strategy", "tag", "threads")  # fmt: skip
+OF_SEVERAL = ("tag", "seed", "classes", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
               *(about.flag for about in MEASURES if "nargs" in about.takes),
               *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip
 

@@ -39,14 +39,14 @@ def _classes(args: Namespace, facts: Mapping[str, Any]) -> str:
     return f"{num_classes:,} classes, each of {' + '.join(sizes)}"
 
 
-def epoch_line(epoch: int, num_epochs: int, values: Mapping[str, float]) -> str:
-    """`epoch  3/10  train loss 0.1034  acc  96.81%  test loss 0.0973  acc  97.02%`"""
+def epoch_line(epoch: int, num_epochs: int, values: Mapping[str, float], seconds: float) -> str:
+    """`epoch  3/10   train loss 0.1034  acc  96.81%   test loss 0.0973  acc  97.02%   12.3 s`"""
     parts = [f"epoch {epoch:>{len(str(num_epochs))}}/{num_epochs}"]
     for split in ("train", "test"):
         if f"{split}_loss" in values:
             loss, accuracy = values[f"{split}_loss"], values[f"{split}_acc"]
             parts.append(f"{split} loss {loss:.4f}  acc {accuracy:7.2%}")
-    return "   ".join(parts)
+    return "   ".join([*parts, f"{seconds:.1f} s"])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:

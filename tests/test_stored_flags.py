@@ -41,6 +41,17 @@ def test_of_steps_and_epochs_of_the_heads_the_last_word_counts(stored, line, ste
     assert (args.dib_steps, args.dib_epochs) == (steps, epochs)
 
 
+def test_notes_and_tags_are_kept_repeated_and_may_change_on_resume(tmp_path):
+    argv = ["--note", "two\nlines: – 'quoted'", "--tag", "paper", "draft"]
+    content = yaml.safe_dump(flags_of_run(get_args(argv)) | {"provenance": {}}, allow_unicode=True)
+    (tmp_path / "hparams.yaml").write_text(content)
+    for source in ("-c", str(tmp_path / "hparams.yaml")), ("--resume", str(tmp_path)):
+        args = get_args([*source])
+        assert (args.note, args.tag) == ("two\nlines: – 'quoted'", ["paper", "draft"])
+    args = get_args(["--resume", str(tmp_path), "--note", "another", "--tag", "x"])
+    assert (args.note, args.tag) == ("another", ["x"])
+
+
 BAD_CONFIGS = [
     ("epoch: 3", "'epoch'", "perhaps epochs"),  # misspelt
     ("epochs: 2.7", "--epochs", "whole number"),

@@ -1,6 +1,6 @@
 """The closing table: what a person reads at a run's end."""
 
-from run.tables import closing
+from run.tables import closing, epoch_line
 
 LAYERS = ["hidden1", "features.1.0"]
 
@@ -40,3 +40,9 @@ def test_what_was_looked_at_is_in_no_layers_row_even_where_a_layer_is_called_as_
     row = {"epoch": "1", "nc1/train/norm": "2", "look/grad-loss-theta/norm": "3", "time/norm": "4"}
     header = closing([row], ["norm"]).splitlines()[0]
     assert "NC1 train" in header and "look" not in header and "grad" not in header
+
+
+def test_the_line_of_an_epoch_says_what_it_took():
+    values = {"train_loss": 0.10342, "train_acc": 0.9681, "test_loss": 0.1, "test_acc": 1.0}
+    line = epoch_line(3, 10, values, 12.345)
+    assert line == "epoch  3/10   train loss 0.1034  acc  96.81%   test loss 0.1000  acc 100.00%   12.3 s"
