@@ -1,4 +1,4 @@
-"""The datasets: SZT's facts, downloads that break, bad folders, batches, augmentation, decodable labels."""
+"""The datasets: SZT's facts, names and limits, decodable labels."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import datasets
-from datasets import Batches, Dataset, Split, decodable_labels, digit_entropies, load, szt
+from datasets import Batches, decodable_labels, digit_entropies, load, szt
 from run.errors import UserError
 
 MNIST_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -105,9 +105,6 @@ def test_szt_inputs_are_plus_and_minus_one():
     assert 30 < y.sum() < 70  # mixed, because stored shuffled
 
 
-# Published sets, downloaded from a server of our own
-
-
 # Names and limits
 
 
@@ -128,184 +125,6 @@ def test_a_limit_keeps_the_first_samples_of_both_halves():
     assert torch.equal(limited.train.inputs, whole.train.inputs[:700])
     assert torch.equal(limited.test.labels, whole.test.labels)  # of which there are fewer
     assert limited.train.inputs.untyped_storage().nbytes() == 700 * 12
-
-
-# Folders of images
-
-
-# Batches
-
-
-def numbered(num_samples, shape=(3, 8, 7), shift=2, flip=True):
-    """A dataset of random images in which sample i has the label i."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randint(256, (num_samples, *shape), generator=generator, dtype=torch.uint8)
-    split = Split(inputs, torch.arange(num_samples))
-    offset, scale = torch.tensor([3.0, 5.0, 7.0])[: shape[0]], torch.tensor([2.0, 0.5, 4.0])[: shape[0]]
-    return Dataset("numbered", ("a", "b"), split, split, offset, scale, shift, flip)
-
-
-def labels_of(batches):
-    return [y.tolist() for _, y in batches]
-
-
-def images_by_label(batches):
-    return {int(label): x for xs, ys in batches for x, label in zip(xs, ys, strict=True)}
-
-
-def test_batches_without_shuffling_come_in_order_and_whole():
-    batches = Batches(numbered(10), "test", 4)
-    assert labels_of(batches) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert len(batches) == 3 and batches.num_samples == 10
-    assert labels_of(batches) == labels_of(batches)
-
-
-def test_a_batch_is_normalised_per_channel():
-    dataset = numbered(5)
-    x, _ = next(iter(Batches(dataset, "train", 5)))
-    offset, scale = dataset.offset[:, None, None], dataset.scale[:, None, None]
-    assert x.dtype == torch.float32
-    assert torch.equal(x, (dataset.train.inputs.float() - offset) * scale)
-
-
-def test_random_access_gives_the_samples_as_evaluation_sees_them():
-    batches = Batches(numbered(9), "train", 4, shuffle=True, augment=True)
-    plain = images_by_label(Batches(numbered(9), "train", 4))
-    indices = torch.tensor([7, 0, 7])
-    for x, i in zip(batches[indices], indices.tolist(), strict=True):
-        assert torch.equal(x, plain[i])
-    assert torch.equal(batches[2:5], batches[torch.tensor([2, 3, 4])])
-    assert torch.equal(batches.labels, torch.arange(9))
-
-
-@given(
-    num_samples=st.integers(1, 60),
-    batch_size=st.integers(1, 20),
-    world_size=st.integers(1, 4),
-    shuffle=st.booleans(),
-)
-@settings(deadline=None, max_examples=150)
-def test_every_sample_comes_once_per_epoch_over_all_ranks(num_samples, batch_size, world_size, shuffle):
-    if batch_size < world_size or num_samples < world_size:
-        with pytest.raises(UserError):
-            Batches(numbered(num_samples), "train", batch_size, world_size=world_size)
-        return
-    ranks = [
-        Batches(numbered(num_samples), "train", batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    seen = [labels_of(batches) for batches in ranks]
-    assert {len(labels) for labels in seen} == {len(batches) for batches in ranks}
-    assert sorted(y for labels in seen for batch in labels for y in batch) == list(range(num_samples))
-    for rank, labels in enumerate(seen):
-        assert all(labels), "a rank without a sample in some batch"
-        if batch_size >= 2 * world_size and num_samples >= 2 * world_size:
-            assert min(map(len, labels)) >= 2, "batch norm needs two"
-        if not shuffle and batch_size % world_size == 0:
-            assert [y for batch in labels for y in batch] == list(range(rank, num_samples, world_size))
-
-
-def test_a_last_batch_of_one_sample_joins_the_batch_before():
-    assert labels_of(Batches(numbered(9), "train", 4)) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-    assert labels_of(Batches(numbered(3), "train", 1)) == [[0], [1], [2]]  # as asked for
-
-
-def test_shuffling_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch, batch_size=4):
-        batches = Batches(numbered(50), "train", batch_size, shuffle=True, seed=seed)
-        batches.set_epoch(epoch)
-        torch.rand(epoch + 1)  # global random numbers drawn in between
-        return [y for batch in labels_of(batches) for y in batch]
-
-    assert order(0, 3) == order(0, 3) == order(0, 3, batch_size=7)
-    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
-
-
-def test_batches_leave_global_random_state_alone():
-    state = torch.get_rng_state()
-    for _ in Batches(numbered(9), "train", 4, shuffle=True, augment=True):
-        pass
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_augmentation_of_a_sample_depends_on_neither_batch_size_nor_rank():
-    def augmented(**options):
-        batches = Batches(numbered(23), "train", shuffle=True, augment=True, seed=5, **options)
-        batches.set_epoch(2)
-        return images_by_label(batches)
-
-    reference = augmented(batch_size=23)
-    halves = augmented(batch_size=4, world_size=2, rank=0) | augmented(batch_size=4, world_size=2, rank=1)
-    for other in (augmented(batch_size=5), halves):
-        assert other.keys() == reference.keys()
-        assert all(torch.equal(other[label], reference[label]) for label in reference)
-
-
-def moved_by_hand(images, down, right, flip):
-    """The slow definition, (N, C, H, W): pad by reflection, cut out, mirror."""
-    padded = torch.nn.functional.pad(images.double(), (2, 2, 2, 2), mode="reflect")
-    height, width = images.shape[2:]
-    cut = padded[:, :, 2 + down : 2 + down + height, 2 + right : 2 + right + width]
-    return cut.flip(-1) if flip else cut
-
-
-def which_moves(dataset):
-    """For every sample after augmentation: the (down, right, flip) that it can be explained by."""
-    offset, scale = dataset.offset[:, None, None], dataset.scale[:, None, None]
-    moves = [(down, right, flip) for down in range(-2, 3) for right in range(-2, 3) for flip in (False, True)]
-    candidates = [(moved_by_hand(dataset.train.inputs, *move).float() - offset) * scale for move in moves]
-    images = images_by_label(Batches(dataset, "train", 512, augment=True))
-    augmented = torch.stack([images[label] for label in range(len(images))])
-    is_equal = torch.stack([(candidate == augmented).flatten(1).all(1) for candidate in candidates])  # (50, N)
-    return [[moves[i] for i in column.nonzero().flatten().tolist()] for column in is_equal.T]
-
-
-def test_augmented_images_are_reflected_shifts_and_flips_each_equally_often():
-    moves = which_moves(numbered(3000, shape=(2, 5, 6)))
-    assert {len(explanations) for explanations in moves} == {1}
-    counts = Counter(explanations[0] for explanations in moves)
-    assert len(counts) == 50
-    # 60 of each expected, deviation 7.7; six of these are exceeded once in 10 million draws
-    assert all(14 <= count <= 106 for count in counts.values())
-
-
-def test_digits_are_shifted_but_never_flipped():
-    moves = which_moves(numbered(200, shape=(1, 5, 6), flip=False))
-    assert not any(flip for explanations in moves for _, _, flip in explanations)
-    assert len({explanations[0] for explanations in moves}) == 25
-
-
-def test_alternating_flips_mirror_each_sample_every_other_epoch():
-    dataset = numbered(64, shift=0)
-    batches = Batches(dataset, "train", 16, augment=True, alternate_flip=True, seed=1)
-    plain = images_by_label(Batches(dataset, "train", 16))
-    is_flipped = []
-    for epoch in range(4):
-        batches.set_epoch(epoch)
-        images = images_by_label(batches)
-        is_flipped.append([torch.equal(images[i], plain[i].flip(-1)) for i in range(64)])
-        assert all(f or torch.equal(images[i], plain[i]) for i, f in enumerate(is_flipped[-1]))
-    assert 16 < sum(is_flipped[0]) < 48  # tossed, not all alike
-    assert is_flipped[1] == [not f for f in is_flipped[0]]
-    assert is_flipped[2] == is_flipped[0] and is_flipped[3] == is_flipped[1]
-
-
-def test_data_that_stay_beside_the_device_give_the_same_batches():
-    batches = Batches(numbered(9), "train", 4, shuffle=True, augment=True)
-    resident = list(batches)
-    batches.device = torch.device("cpu", 0)  # another name of the place: batches are now copied one by one
-    for (x, y), (copied_x, copied_y) in zip(resident, batches, strict=True):
-        assert torch.equal(x, copied_x) and torch.equal(y, copied_y)
-
-
-def test_set_epoch_reaches_the_batches_through_their_sampler():
-    batches = Batches(numbered(20), "train", 20, shuffle=True)
-    assert batches.sampler is batches and batches.batch_sampler is None  # Lightning asks for both
-    first = labels_of(batches)
-    iterator = iter(batches)
-    batches.sampler.set_epoch(1)  # Lightning calls it after iter(), and before the first batch
-    second = [y.tolist() for _, y in iterator]
-    assert second != first and second == labels_of(batches)
 
 
 # Decodable labels

@@ -216,7 +216,7 @@ def test_the_permutation_is_decided_by_its_purpose_alone():
 def test_a_run_logs_the_chance_level_of_each_set_the_same_for_every_batch_size(in_an_empty_folder, monkeypatch):
     argv = ["-e", "1", "--limit", "150", "--no-dib", "--no-plots", "--quiet", "--precision", "64-true"]
     assert main([*argv, "--name", "whole"]) == 0
-    monkeypatch.setattr(datasets, "EVALUATION_VALUES", 12 * 64)  # batches of 64
+    monkeypatch.setattr("batches.EVALUATION_VALUES", 12 * 64)  # batches of 64
     assert main([*argv, "--name", "parts"]) == 0
     whole, parts = (pd.read_csv(f"lightning_logs/{name}/metrics.csv") for name in ("whole", "parts"))
     columns = [f"nc1_chance/{split}/hidden{i}" for split in ("train", "test") for i in range(1, 6)]
