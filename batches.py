@@ -4,22 +4,30 @@ Letters: N samples, B samples of a batch, C channels of an image, H × W pixels.
 """
 
 import copy
+import ctypes
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from augmentation import Moves, gathered, generator
+from augmentation import augmentation_of, generator
 from run.errors import UserError, WrongFlag
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 EVALUATION_VALUES = 2**20  # pixels or bits in a batch where nothing is trained
+FIRST_VALUES = 2**28  # of the first images that a network's start may look at
+AHEAD = 2  # batches that are fetched while one is used
+MADV_WILLNEED, PAGE = 3, 4096
 SHARE_OF_FREE_MEMORY = 0.5  # of the device that the data may take; the rest is the network's
+LIBC = ctypes.CDLL(None)
 
 
 class Batches:
@@ -65,10 +73,8 @@ class Batches:
         self._bounds = _bounds(self.num_samples, batch_size, world_size)
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle = seed, shuffle
-        self._moves = None
-        if augment and (dataset.shift or dataset.flip):
-            height, width = dataset.shape[1:]
-            self._moves = Moves(height, width, dataset.shift, dataset.flip, alternate_flip)
+        self._is_mapped = getattr(dataset, split).is_mapped and self._inputs.device.type == "cpu"
+        self._augmentation = augmentation_of(dataset, alternate_flip) if augment else None
 
     batch_sampler = None  # Lightning asks every loader with a sampler for it
 
@@ -90,13 +96,32 @@ class Batches:
         if self._shuffle:
             order = torch.randperm(self.num_samples, generator=generator(self._seed, self.epoch, "order"))
         choices = None
-        if self._moves is not None:
-            choices = self._moves.draw(self.num_samples, self._seed, self.epoch).to(place)
+        if self._augmentation is not None:
+            choices = self._augmentation.draw(self.num_samples, self._seed, self.epoch).to(place)
         order = order.to(place)
-        for start, stop in self._bounds:
-            indices = order[start + self._rank : stop : self._world_size]  # (B,)
-            x = self[indices] if choices is None else self._augmented(indices, choices)
-            yield x, self.labels[indices.to(self.device)]
+        parts = [order[start + self._rank : stop : self._world_size] for start, stop in self._bounds]  # of (B,)
+        for indices, (images, places) in zip(parts, self._fetched_in_turn(parts), strict=True):
+            if choices is None:
+                x = images if places is None else images[places]
+            else:
+                x = self._augmentation(images, places, choices[:, indices].to(self.device))
+            yield self._normalised(x), self.labels[indices.to(self.device)]
+
+    def _fetched_in_turn(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """For the indices of each batch: images on the device, and which of them it has; None for all in turn."""
+        if self._is_mapped or self._inputs.device != self.device:
+            return ((images.to(self.device, non_blocking=True), None) for images in ahead(self._bytes_of, parts))
+        return ((self._inputs, indices) for indices in parts)
+
+    def _bytes_of(self, indices: Tensor) -> Tensor:
+        """inputs[indices] on the CPU, where the device can copy it from beside the computation."""
+        if self._is_mapped:
+            read_ahead(self._inputs, indices)
+        shape = len(indices), *self._inputs.shape[1:]
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        # NumPy's take leaves the interpreter and torch's threads to the computation.
+        np.take(self._inputs.numpy(), indices.numpy(), axis=0, out=images.numpy(), mode="clip")
+        return images
 
     def weight(self, batch_idx: int) -> float:
         """By what to multiply this rank's mean over a batch, so that the mean over ranks is that of all its samples."""
@@ -111,13 +136,6 @@ class Batches:
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         return self._normalised(self._fetched(indices))
-
-    def _augmented(self, indices: Tensor, choices: Tensor) -> Tensor:
-        rows, columns = self._moves.pixels(choices[:, indices].to(self.device))
-        if self._inputs.device == self.device:
-            return self._normalised(gathered(self._inputs, indices, rows, columns))
-        images, places = self._fetched(indices), torch.arange(len(indices), device=self.device)
-        return self._normalised(gathered(images, places, rows, columns))
 
     def _fetched(self, indices: Tensor) -> Tensor:
         """inputs[indices] on the device, still uint8."""
@@ -173,7 +191,8 @@ class Data(LightningDataModule):
 
     def first_images(self, num: int = 5000) -> Tensor:
         """The first training samples, normalised, on the CPU."""
-        return Batches(self.dataset, "train", num)[torch.arange(min(num, len(self.dataset.train.labels)))]
+        num = min(num, len(self.dataset.train.labels), FIRST_VALUES // math.prod(self.dataset.shape))
+        return Batches(self.dataset, "train", num)[torch.arange(num)]
 
     def in_order(self, split: str) -> Batches:
         """Each sample once, in order and as it is: what measures look at."""
@@ -196,6 +215,29 @@ def placed(inputs: Tensor, device: torch.device) -> Tensor:
         if inputs.nbytes > SHARE_OF_FREE_MEMORY * free:
             return inputs
     return inputs.to(device)
+
+
+def ahead(fetch: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    """fetch(part) for each in turn, by a thread while those before are used."""
+    pool = ThreadPoolExecutor(1, "fetch")
+    try:
+        waiting = deque(pool.submit(fetch, part) for part in parts[:AHEAD])
+        for part in parts[AHEAD:]:
+            waiting.append(pool.submit(fetch, part))
+            yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_ahead(mapped: Tensor, indices: Tensor) -> None:
+    """Ask the system for these samples of a file at once: else it reads one after the other, as each is touched."""
+    num_bytes, start = mapped[0].nbytes, mapped.data_ptr()
+    for index in indices.tolist():
+        begin = start + index * num_bytes
+        page = begin // PAGE * PAGE
+        LIBC.madvise(ctypes.c_void_p(page), ctypes.c_size_t(begin + num_bytes - page), MADV_WILLNEED)
 
 
 def _bounds(num_samples: int, batch_size: int, world_size: int) -> list[tuple[int, int]]:

@@ -7,10 +7,12 @@
 Letters: N samples, B samples of a batch, C classes (in an image's shape: channels), H × W pixels, N_D digits.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torchvision import datasets as torchvision_datasets
 import classes as choice
 import image_folders
 from batches import Batches, Data, placed
+from decoding import Decoded, Sources, decoded
 from downloads import Source, cifar10_source, mnist_source, obtain
 from run.errors import UserError
 
@@ -62,6 +65,7 @@ class Split:
 
     inputs: Tensor  # uint8 (N, C, H, W), or (N, 12) for SZT
     labels: Tensor  # int64 (N,)
+    is_mapped: bool = False  # from a file that all processes share
 
     def only(self, numbers: Sequence[int], num_classes: int) -> "Split":
         """The samples of these classes, labelled by their places in `numbers`."""
@@ -83,6 +87,7 @@ class Dataset:
     scale: Tensor  # (channels,)
     shift: int  # augmentation moves an image by up to this many pixels
     flip: bool  # whether a mirrored image is still one of its class
+    crop: bool = False  # augmentation cuts out a part and scales it up instead
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,19 +111,25 @@ class Dataset:
     def to(self, device: torch.device) -> "Dataset":
         """The same with its inputs on the device, if they fit there."""
         train, test = (
-            Split(placed(split.inputs.contiguous(), device), split.labels) for split in (self.train, self.test)
+            replace(split, inputs=placed(split.inputs.contiguous(), device)) for split in (self.train, self.test)
         )
         return replace(self, train=train, test=test)
 
 
 def load(
-    name: str, data_dir: str | os.PathLike = "data", limit: int | None = None, classes: Sequence[str] | None = None
+    name: str,
+    data_dir: str | os.PathLike = "data",
+    limit: int | None = None,
+    classes: Sequence[str] | None = None,
+    image_size: int | None = None,
+    **where: Any,
 ) -> Dataset:
     """The dataset `name`, one of DATASETS or a folder with train/CLASS/* and test/CLASS/* images.
 
     Published sets are looked for in `data_dir` and downloaded into it on first use. `classes`, names or numbers, are
     those to keep, labelled 0, 1, … in the dataset's own order. `limit` keeps the first samples of each half, after
-    that: SZT is stored shuffled and a folder's classes interleaved, so that those are mixed.
+    that: SZT is stored shuffled and a folder's classes interleaved, so that those are mixed. Images of a folder are
+    scaled and cropped to `image_size`; `where` says whether they are to lie in memory, as in `decoding.decoded`.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: at least 1 sample is needed")
@@ -129,15 +140,21 @@ def load(
         return _first(_of_classes(dataset, classes), limit)
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        return _image_folder(Path(folder), limit, classes)
+        sources, labels, names = _images_of(Path(folder), limit, classes, image_size)
+        return _image_folder(sources, labels, names, decoded(sources, Path(data_dir).expanduser(), **where))
     raise UserError(f"--dataset {name}: neither one of {', '.join(DATASETS)} nor a folder of images")
 
 
-def shape_and_classes(name: str, classes: Sequence[str] | None = None) -> tuple[tuple[int, ...], int]:
-    """The shape of a sample and the number of classes; published sets need not be downloaded for that."""
+def shape_and_classes(
+    name: str, classes: Sequence[str] | None = None, image_size: int | None = None
+) -> tuple[tuple[int, ...], int]:
+    """The shape of a sample and the number of classes; nothing is downloaded or decoded for that."""
     if name in PUBLISHED:
         shape, names = PUBLISHED[name]
         return shape, len(choice.chosen(classes, names, name))
+    if name not in DATASETS:
+        sources, _, names = _images_of(Path(name).expanduser(), None, classes, image_size)
+        return sources.shape[1:], len(names)
     dataset = load(name, classes=classes)
     return dataset.shape, dataset.num_classes
 
@@ -218,19 +235,35 @@ def _published(source: Source, data_dir: Path, mean: tuple[float, ...], std: tup
     return Dataset(source.name, source.classes, train, test, offset, scale, IMAGE_SHIFT, flip)
 
 
-def _image_folder(folder: Path, limit: int | None, wanted: Sequence[str] | None) -> Dataset:
+def _images_of(
+    folder: Path, limit: int | None, wanted: Sequence[str] | None, image_size: int | None
+) -> tuple[Sources, tuple[Tensor, Tensor], tuple[str, ...]]:
+    """The files of a folder of images, the labels of both halves, and the names of the classes."""
+    listing = image_folders.listed(folder, limit, wanted)
+    selected = None if limit is None and wanted is None else repr((limit, listing.classes))
+    selection = "" if selected is None else hashlib.blake2b(selected.encode(), digest_size=4).hexdigest()
+    train, test = listing.train, listing.test
+    sources = Sources(folder, train.files + test.files, len(train.files), image_size, selection)
+    return sources, (train.labels, test.labels), listing.classes
+
+
+def _image_folder(
+    sources: Sources, labels: tuple[Tensor, Tensor], classes: tuple[str, ...], images: Decoded
+) -> Dataset:
     """A folder of images, with the mean and the deviation of the training images used."""
-    classes, train, test = image_folders.read(folder, limit, wanted)
-    train, test = Split(*train), Split(*test)
-    offset, scale = _normalisation(train.inputs)
-    shift = min(IMAGE_SHIFT, *(size - 1 for size in train.inputs.shape[2:]))  # reflection needs a pixel more
-    return Dataset(str(folder), classes, train, test, offset, scale, shift, flip=True)
+    train, test = (
+        Split(inputs, half, images.is_mapped)
+        for inputs, half in zip(images.inputs.tensor_split([sources.num_train]), labels, strict=True)
+    )
+    offset, scale = _normalisation(images.counts)
+    crop = sources.image_size is not None
+    shift = 0 if crop else min(IMAGE_SHIFT, *(size - 1 for size in train.inputs.shape[2:]))  # reflection needs a pixel
+    return Dataset(str(sources.folder), classes, train, test, offset, scale, shift, flip=True, crop=crop)
 
 
-def _normalisation(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Offset and scale per channel, (C,) each: mean and 1 / deviation, exact because counted."""
+def _normalisation(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset and scale per channel, (C,) each: mean and 1 / deviation, exact because counted, (C, 256)."""
     values = torch.arange(256, dtype=torch.float64)
-    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])  # (C, 256)
     weights = counts.double() / counts.sum(1, keepdim=True)
     mean = weights @ values
     variance = (weights * (values - mean[:, None]) ** 2).sum(1)

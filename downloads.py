@@ -3,7 +3,6 @@
 Letters: N samples, C channels of an image, H × W pixels.
 """
 
-import fcntl
 import functools
 import hashlib
 import math
@@ -31,6 +30,7 @@ from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.utils import check_integrity
 
 from run.errors import UserError
+from run.files import alone
 
 Half = tuple[Tensor, Tensor]  # inputs, uint8 (N, C, H, W), and labels, int64 (N,), of the training or the test half
 
@@ -179,7 +179,7 @@ def obtain(source: Source, data_dir: Path) -> tuple[Half, Half]:
             _refuse_offline(source.urls)  # before anything is written
         print(f"{problem}: downloading {source.name} into {data_dir}", file=sys.stderr)
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _alone(data_dir / f".{source.name}.lock"):
+        with alone(data_dir / f".{source.name}.lock"):
             return _download(source, data_dir)
     except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zlib.error, Damaged) as error:
         archives = ", ".join(os.path.basename(archive) for archive in source.archives)
@@ -236,29 +236,6 @@ def _failure(url: str) -> str | None:
     except (OSError, HTTPException) as error:
         return f"{url}: {error}"
     return None
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Lets one process through at a time; the system frees the lock of one that dies."""
-    while True:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever had the lock has removed the file, and a third may hold a new one by now: start over.
-            if not _is_at(file.fileno(), lock):
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink()
-            return
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _download(source: Source, data_dir: Path) -> tuple[Half, Half]:

@@ -35,6 +35,7 @@ from run.ranks import too_many_processes
 from run.stored_flags import stored_flags
 from run.values import (
     MAX_EPOCHS,
+    MAX_IMAGE_SIZE,
     MAX_NODES,
     MAX_RATE,
     MAX_SCALE,
@@ -155,6 +156,10 @@ def _add_data(parser: Parser) -> None:
         help="only these classes, by name or number, labelled anew in the dataset's order")
     add("--limit", type=number(int, 1), metavar="N",
         help="only the first N samples of each set (of --classes), for trying things")
+    add("--image-size", type=number(int, 1, MAX_IMAGE_SIZE), metavar="N",
+        help="images of a folder: shorter side scaled to N, the middle cut out; training: random crops, scaled to N")
+    add("--in-memory", choices=("yes", "no"),
+        help="images of a folder: in every process's memory, or mapped from one file (else by what is free)")
     add("--augment", action=argparse.BooleanOptionalAction, help="random shifts, and flips where the data allow it")
     add("--alternate-flip", action=argparse.BooleanOptionalAction, help="flip every sample in every other epoch")
 
@@ -263,6 +268,9 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
     if dataset not in DATASETS and not Path(dataset).is_dir():
         close = perhaps(dataset, DATASETS, "; ")
         error(f"argument -d/--dataset: {dataset!r} is neither one of {', '.join(DATASETS)} nor a folder{close}")
+    for name, needless in (("image_size", False), ("in_memory", given.get("in_memory") == "yes")):
+        if name in given and dataset in DATASETS and not needless:
+            error(f"argument --{name.replace('_', '-')}: is for folders of images; {dataset} is loaded as it is")
     if dataset == "SZT" and model in IMAGE_MODELS and not flags["measure"]:
         error(f"argument -m/--model: {model} needs images, and SZT has patterns of 12 bits: use -m MLP")
     for name, (flag, models) in OF_MODELS.items():

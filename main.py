@@ -189,7 +189,7 @@ def list_layers(args: Namespace) -> None:
     from run.presets import flags_of_run
     from run.tables import layer_table
 
-    shape, num_classes = shape_and_classes(args.dataset, args.classes)
+    shape, num_classes = shape_and_classes(args.dataset, args.classes, args.image_size)
     network = Classifier.from_flags(flags_of_run(args), shape, num_classes).network.eval()
     shapes = dimensions(network, shape)
     if args.list_layers == "all":
@@ -203,8 +203,13 @@ def list_layers(args: Namespace) -> None:
 def load_data(args: Namespace) -> Data:
     """The dataset as Lightning's Trainer wants it."""
     import datasets
+    from run.console import Console
 
-    dataset = datasets.load(args.dataset, args.data_dir, args.limit, args.classes)
+    dataset = datasets.load(
+        args.dataset, args.data_dir, args.limit, args.classes, args.image_size,
+        in_memory=None if args.in_memory is None else args.in_memory == "yes",
+        num_processes=args.devices, progress=Console(quiet=args.quiet).progress,
+    )  # fmt: skip
     return datasets.Data(
         dataset, args.batch_size, augment=args.augment, alternate_flip=args.alternate_flip, seed=args.seed
     )

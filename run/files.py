@@ -1,7 +1,9 @@
 """Files that are there whole or not at all, at whatever moment a process is killed."""
 
+import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from run.errors import UserError
@@ -52,3 +54,26 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left beside the files of a folder that is ours alone."""
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink()
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Lets one process through at a time; the system frees the lock of one that dies."""
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever had the lock has removed the file, and a third may hold a new one by now: start over.
+            if not _is_at(file.fileno(), lock):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -5,6 +5,13 @@ from pathlib import Path
 
 import torch
 
+# Of control groups: where they lie, by the controller's name (version 2 has none), and what their files are called.
+OWN_GROUPS = Path("/proc/self/cgroup")
+ROOTS = {"": "/sys/fs/cgroup", "memory": "/sys/fs/cgroup/memory"}
+FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 CACHE_SHARE = 0.25  # of free memory: the rest is for the forward pass and for what else runs on the machine
 
 
@@ -16,7 +23,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(system_free_memory(), cgroup_free_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(machine_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def machine_memory() -> float:
+    """Bytes that all processes together can still allocate on this machine, within the limits set for them."""
+    return min(system_free_memory(), cgroup_free_memory())
 
 
 def system_free_memory() -> int:
@@ -28,21 +40,26 @@ def system_free_memory() -> int:
 
 
 def cgroup_free_memory() -> float:
-    """What the limits of containers and jobs (control groups, version 2) leave; infinite without any."""
+    """What the limits of containers and jobs (control groups of both versions) leave; infinite without any."""
     try:
-        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].partition("::")[2].lstrip("/")
+        lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
         return float("inf")
-    here = Path("/sys/fs/cgroup") / group
-    return min((group_free_memory(folder) for folder in (here, *here.parents)), default=float("inf"))
+    groups = {controllers: group.lstrip("/") for _, controllers, group in (line.split(":", 2) for line in lines)}
+    places = [Path(root) / groups[name] for name, root in ROOTS.items() if name in groups]
+    folders = {folder for here in places for folder in (here, *here.parents)}
+    return min(map(group_free_memory, folders), default=float("inf"))
 
 
 def group_free_memory(folder: Path) -> float:
-    try:
-        limit = int((folder / "memory.max").read_text())
-        used = int((folder / "memory.current").read_text())
-        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group, or its limit is "max"
-        return float("inf")
-    reclaimable = int(statistics["inactive_file"])  # cached files give way when memory is short
-    return max(0, limit - used + reclaimable)
+    """What one group's limit leaves to it; infinite where it has none."""
+    for limit_file, used_file, cached in FILES:
+        try:
+            limit = int((folder / limit_file).read_text())
+            used = int((folder / used_file).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such group, or its limit is "max"
+            continue
+        reclaimable = int(statistics[cached])  # cached files give way when memory is short
+        return max(0, limit - used + reclaimable)
+    return float("inf")

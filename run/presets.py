@@ -52,6 +52,8 @@ DEFAULTS = {
     "data_dir": "data",
     "classes": None,
     "limit": None,
+    "image_size": None,
+    "in_memory": None,
     "augment": True,
     "alternate_flip": False,
     # network
@@ -179,7 +181,7 @@ POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
 # Flags of a single call: they say what to do, not what the run is.
 OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
-FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "log_dir",
+FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "in_memory", "log_dir",
                   "note", "num_nodes", "plots", "strategy", "tag", "threads")  # fmt: skip
 OF_SEVERAL = ("tag", "seed", "classes", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
               *(about.flag for about in MEASURES if "nargs" in about.takes),

@@ -41,12 +41,13 @@ def _flags_of_measured(parser: Parser, given: dict) -> dict:
     first, *others = stored
     _refuse_other_classes(parser, given, stored)
     for other in others:
-        for name in ("dataset", "classes", "limit"):
+        for name in ("dataset", "classes", "image_size", "limit"):
             here, there = ((DEFAULTS | stored[folder])[name] for folder in (first, other))
             if stored[other] and name not in given and here != there:
+                flag = f"--{name.replace('_', '-')}"
                 parser.error(
-                    f"argument --measure: the run in {first} has --{name} {here}, that in {other} --{name} {there}: "
-                    f"say on which data to measure with --{name}"
+                    f"argument --measure: the run in {first} has {flag} {here}, that in {other} {flag} {there}: "
+                    f"say on which data to measure with {flag}"
                 )
     return stored[first]
 
@@ -131,6 +132,8 @@ def _as_argv(parser: Parser, name: str, value: object) -> list[str]:
         if not isinstance(value, bool):
             parser.error(f"argument {flag}: {value!r} is neither true nor false")
         return [flag if value else "--no-" + flag.removeprefix("--")]
+    if isinstance(value, bool) and name == "in_memory":
+        value = "yes" if value else "no"  # which YAML takes for truth values
     items = value if isinstance(value, list) else [value]
     if isinstance(value, list) and name not in OF_SEVERAL:
         parser.error(f"argument {flag}: {reprlib.repr(value)} is a list, allowed is one value")

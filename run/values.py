@@ -10,6 +10,7 @@ MAX_COUNT = 10**9  # of samples, units of a layer, gigabytes: beyond what any ma
 MAX_RATE = 1e30  # rates and decays: float32 ends at 3e38, and optimizers multiply
 MAX_SCALE = 1e6
 MAX_NODES = 10**4
+MAX_IMAGE_SIZE = 10**4  # pixels
 MAX_THREADS = 10**4
 MAX_DIB = 10**9  # head epochs or steps: beyond it no computer comes to an end
 

@@ -1,13 +1,18 @@
 """Batches: every sample once, in an order and under an augmentation that depend on seed and epoch alone."""
 
+import threading
+import time
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import Batches
+from augmentation import Crops
+from batches import Batches, Data, ahead
 from datasets import Dataset, Split
 from run.errors import UserError
 
@@ -182,3 +187,116 @@ def test_set_epoch_reaches_the_batches_through_their_sampler():
     batches.sampler.set_epoch(1)  # Lightning calls it after iter(), and before the first batch
     second = [y.tolist() for _, y in iterator]
     assert second != first and second == labels_of(batches)
+
+
+def cropped_by_hand(images, choices):
+    """The slow definition, (N, C, H, W): cut whole pixels out, scale them up, mirror."""
+    size = images.shape[-1]
+    results = []
+    for image, (left, top, across, down, is_flipped) in zip(images.double(), choices.T.tolist(), strict=True):
+        width, height = (max(1, round(length * size)) for length in (across, down))
+        left, top = (min(round(first * size), size - length) for first, length in ((left, width), (top, height)))
+        part = image[None, :, top : top + height, left : left + width]
+        scaled = torch.nn.functional.interpolate(part, (size, size), mode="bilinear", align_corners=False)[0]
+        results.append(scaled.flip(-1) if is_flipped else scaled)
+    return torch.stack(results)
+
+
+def test_crops_are_cut_out_scaled_up_and_flipped():
+    images = numbered(40, shape=(2, 9, 9)).train.inputs
+    crops = Crops(flip=True, alternate_flip=False)
+    choices = crops.draw(40, seed=1, epoch=0)
+    assert 8 < choices[4].sum() < 32  # 40 tosses
+    # positions in float32, relative to 9 pixels: 1e-6 of a pixel, between which are up to 255 grey levels
+    torch.testing.assert_close(
+        crops(images, None, choices).double(), cropped_by_hand(images, choices), rtol=0, atol=2e-3
+    )
+    some = torch.tensor([7, 3])
+    torch.testing.assert_close(
+        crops(images, some, choices[:, some]), crops(images, None, choices)[some], rtol=0, atol=0
+    )
+
+
+def test_crops_have_the_areas_and_shapes_of_inception_and_lie_within_the_image():
+    left, top, across, down, _ = Crops(flip=True, alternate_flip=False).draw(20_000, seed=0, epoch=3).double()
+    assert min(left.min(), top.min()) >= 0 and max((left + across).max(), (top + down).max()) <= 1 + 1e-6
+    area, ratio = across * down, across / down
+    assert area.min() >= 0.0799 and ratio.min() >= 0.7499 and ratio.max() <= 1.3334  # float32
+    # A uniform area, rejected where the crop is too large: below 3/4 none is, as 3/4 · 4/3 = 1.
+    small = area[area < 0.75]
+    assert small.mean() == pytest.approx((0.08 + 0.75) / 2, abs=0.01)  # its deviation is 0.19 / √10000
+    assert ratio.log().mean() == pytest.approx(0, abs=0.01) and ratio.log().std() == pytest.approx(0.16, abs=0.01)
+    assert torch.corrcoef(torch.stack([left / (1 - across), top / (1 - down)]).nan_to_num())[0, 1].abs() < 0.03
+
+
+def test_a_cropped_sample_depends_on_seed_and_epoch_alone():
+    dataset = replace(numbered(23, shape=(3, 8, 8), shift=0), crop=True)
+
+    def augmented(epoch=2, **options):
+        batches = Batches(dataset, "train", shuffle=True, augment=True, seed=5, **options)
+        batches.set_epoch(epoch)
+        return images_by_label(batches)
+
+    reference = augmented(batch_size=23)
+    halves = augmented(batch_size=4, world_size=2, rank=0) | augmented(batch_size=4, world_size=2, rank=1)
+    for other in (augmented(batch_size=5), halves):
+        assert all(torch.equal(other[label], reference[label]) for label in reference)
+    assert not torch.equal(augmented(3, batch_size=23)[0], reference[0])
+    plain = Batches(dataset, "train", 23)[torch.arange(23)]
+    assert not any(torch.equal(plain[label], reference[label]) for label in reference)
+
+
+# Samples that lie elsewhere
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("augment", [False, True])
+def test_mapped_samples_give_the_same_batches(crop, augment, tmp_path):
+    dataset = replace(numbered(23, shape=(3, 8, 8)), crop=crop)
+    dataset.train.inputs.numpy().tofile(tmp_path / "bytes")
+    mapped = torch.from_numpy(np.memmap(tmp_path / "bytes", np.uint8, "c", shape=(23, 3, 8, 8)))
+    beside = replace(dataset, train=Split(mapped, dataset.train.labels, is_mapped=True))
+    ways = [
+        Batches(data, "train", 4, shuffle=True, augment=augment, rank=1, world_size=2) for data in (dataset, beside)
+    ]
+    for (x, y), (other_x, other_y) in zip(*ways, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y)
+    assert torch.equal(ways[0][torch.tensor([3, 1])], ways[1][torch.tensor([3, 1])])
+
+
+def test_batches_are_fetched_ahead_by_a_thread_and_in_turn():
+    started, parts = [], list(range(7))
+
+    def fetch(part):
+        started.append((part, threading.current_thread() is threading.main_thread()))
+        return part
+
+    fetched = ahead(fetch, parts)
+    assert next(fetched) == 0
+    deadline = time.monotonic() + 60
+    while len(started) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert started == [(0, False), (1, False), (2, False)]  # two ahead, and no more until they are used
+    assert list(fetched) == parts[1:]
+
+
+def test_a_reader_that_stops_early_or_fails_leaves_no_thread():
+    def fetch(part):
+        if part == 3:
+            raise OSError("gone")
+        return part
+
+    num_threads = threading.active_count()
+    fetched = ahead(fetch, range(9))
+    assert next(fetched) == 0
+    fetched.close()
+    with pytest.raises(OSError, match="gone"):
+        list(ahead(fetch, range(9)))
+    assert threading.active_count() == num_threads
+
+
+def test_the_first_images_are_fewer_where_they_are_large(monkeypatch):
+    data = Data(numbered(9), batch_size=4)
+    assert len(data.first_images(5)) == 5
+    monkeypatch.setattr("batches.FIRST_VALUES", 2 * 3 * 8 * 7)
+    assert len(data.first_images(5)) == 2

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import decoding
 import image_folders
 from datasets import Batches, load
 from run.errors import UserError
@@ -49,10 +50,59 @@ def test_a_folder_has_the_classes_of_torchvisions_image_folder(folder):
     assert ours == {(image.getpixel((0, 0))[0], label) for image, label in reference}
 
 
-def test_a_test_half_without_some_class_keeps_the_training_halfs_labels(folder):
+def test_a_test_half_without_some_class_keeps_the_training_halfs_labels_and_says_so(folder):
     (folder / "test" / "cat" / "0.png").unlink()
     (folder / "test" / "cat").rmdir()
-    assert load(str(folder)).test.labels.tolist() == [1, 2]
+    with pytest.warns(UserWarning, match="test has no images of cat: only training images show these classes"):
+        assert load(str(folder)).test.labels.tolist() == [1, 2]
+
+
+def test_what_is_hidden_is_passed_over_at_any_depth(folder):
+    for half in ("train", "test"):
+        put_images(folder / half, {".ipynb_checkpoints": 1, ".git": 1, "dog/.ipynb_checkpoints": 1})
+        (folder / half / "cat" / "._0.png").write_bytes(b"of a Mac")
+        (folder / half / "cat" / ".hidden.png").write_bytes(b"")
+        (folder / half / "cat" / ".link").symlink_to("/")
+    dataset = load(str(folder))
+    assert dataset.classes == ("cat", "dog", "emu")
+    assert dataset.counts == {"cat": [3, 1], "dog": [2, 1], "emu": [1, 1]}
+
+
+def test_images_at_any_depth_are_of_the_class_in_torchvisions_order(folder):
+    put_images(folder / "train" / "emu", {"young-1": 1, "young": 2, "young/very": 2})
+    listing = image_folders.listed(folder)
+    names = [
+        file.name for file, label in zip(listing.train.files, listing.train.labels.tolist(), strict=True) if label == 2
+    ]
+    reference = torchvision.datasets.ImageFolder(str(folder / "train"))
+    assert [str(folder / name) for name in names] == [path for path, label in reference.samples if label == 2]
+    assert len(names) == 6
+
+
+def test_val_serves_where_test_is_missing(folder):
+    put_images(folder / "val", {"cat": 2, "dog": 2, "emu": 2})
+    assert len(load(str(folder)).test.labels) == 3
+    move_away(folder / "test")
+    assert len(load(str(folder)).test.labels) == 6
+
+
+def test_images_beside_the_folders_of_classes_are_said_to_be_left_out(folder):
+    Image.new("RGB", (6, 5)).save(folder / "train" / "stray.png")
+    with pytest.warns(UserWarning, match="train/stray.png lies in no folder of a class"):
+        assert len(load(str(folder)).train.labels) == 6
+
+
+def test_a_folder_is_restricted_to_some_classes_before_it_is_read(folder):
+    (folder / "train" / "cat" / "0.png").write_bytes(b"nonsense")
+    dataset = load(str(folder), classes=["2", "dog"])
+    assert dataset.classes == ("dog", "emu") and dataset.train.labels.tolist() == [0, 1, 0]
+    assert dataset.counts == {"dog": [2, 1], "emu": [1, 1]}
+
+
+def test_the_working_folder_may_be_the_dataset(folder, monkeypatch):
+    whole = load(str(folder))
+    monkeypatch.chdir(folder)
+    assert torch.equal(load(".").train.inputs, whole.train.inputs)
 
 
 def test_a_folder_is_normalised_by_its_training_images(folder):
@@ -133,7 +183,7 @@ SIXTEEN_BITS = Image.fromarray(np.zeros((5, 6), dtype=np.uint16))
 
 
 BREAKAGES = {  # what the error must say, and how the folder is broken for real
-    "train/dog/1.png is 5 × 6": lambda f: Image.new("RGB", (5, 6)).save(f / "train/dog/1.png"),
+    "train/dog/1.png is 5 × 6.*--image-size N": lambda f: Image.new("RGB", (5, 6)).save(f / "train/dog/1.png"),
     "test/emu/0.png is 7 × 7": lambda f: Image.new("RGB", (7, 7)).save(f / "test/emu/0.png"),
     "train/dog holds no image": lambda f: remove_images(f / "train/dog"),
     "test/dog holds no image": lambda f: (f / "test/dog/0.png").rename(f / "test/dog/0.txt"),
@@ -179,7 +229,7 @@ def test_an_image_with_flipped_bytes_is_read_or_refused(tmp_path_factory, suffix
         content[position % len(content)] ^= change
     path.write_bytes(content)
     with contextlib.suppress(UserError):
-        image_folders._decode([str(path)])
+        decoding._pixels(path, None)
 
 
 def test_links_inside_the_folder_are_followed(folder):

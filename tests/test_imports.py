@@ -26,6 +26,7 @@ FLOORS = (
     "augmentation",
     "downloads",
     "image_folders",
+    "decoding",
     "classes",
     "run",
 )

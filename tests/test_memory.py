@@ -15,3 +15,23 @@ def test_the_limit_of_a_control_group_counts(tmp_path):
     assert memory.group_free_memory(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.group_free_memory(tmp_path) == float("inf")
+
+
+def test_the_limit_of_a_control_group_of_version_1_counts(tmp_path):
+    (tmp_path / "memory.limit_in_bytes").write_text("1000\n")
+    (tmp_path / "memory.usage_in_bytes").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("cache 250\ninactive_file 1\ntotal_inactive_file 200\n")
+    assert memory.group_free_memory(tmp_path) == 500
+
+
+def test_the_groups_of_a_process_are_found_whatever_their_version(tmp_path, monkeypatch):
+    for name, limit in (("v1/job/step", 5000), ("v1/job", 3000), ("v2/slice", 4000)):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if "v1" in name else ("memory.max", "memory.current")
+        for file, number in zip(files, (limit, 100), strict=True):
+            (tmp_path / name / file).write_text(f"{number}\n")
+        (tmp_path / name / "memory.stat").write_text("inactive_file 0\ntotal_inactive_file 0\n")
+    (tmp_path / "cgroup").write_text("9:name=systemd:/\n4:memory:/job/step\n0::/slice\n")
+    monkeypatch.setattr(memory, "ROOTS", {"": tmp_path / "v2", "memory": tmp_path / "v1"})
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "cgroup")
+    assert memory.cgroup_free_memory() == 2900

@@ -52,6 +52,12 @@ def test_notes_and_tags_are_kept_repeated_and_may_change_on_resume(tmp_path):
     assert (args.note, args.tag) == ("another", ["x"])
 
 
+@pytest.mark.parametrize("word", ["no", "'no'", "false"])
+def test_a_no_without_quotation_marks_is_the_word(word, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"dataset: {tmp_path}\nin_memory: {word}\n")
+    assert get_args(["-c", str(tmp_path / "run.yaml")]).in_memory == "no"
+
+
 BAD_CONFIGS = [
     ("epoch: 3", "'epoch'", "perhaps epochs"),  # misspelt
     ("epochs: 2.7", "--epochs", "whole number"),
