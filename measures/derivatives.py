@@ -67,13 +67,14 @@ class Parameters(NamedTuple):
 
     def split(self, v: Tensor) -> list[Tensor]:
         """What each tensor has of a vector; zero where the index leaves something out."""
-        sizes = [self._part(tensor).numel() for tensor in self.tensors.values()]
-        parts = []
-        for tensor, piece in zip(self.tensors.values(), v.split(sizes), strict=True):
-            part = torch.zeros_like(tensor, requires_grad=False)
-            part[self.index] = piece.view_as(part[self.index])
-            parts.append(part)
-        return parts
+        if not self.index:
+            tensors = self.tensors.values()
+            pieces = v.split([tensor.numel() for tensor in tensors])
+            return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+        [tensor] = self.tensors.values()
+        part = torch.zeros_like(tensor, requires_grad=False)
+        part[self.index] = v.view_as(part[self.index])
+        return [part]
 
     def _part(self, tensor: Tensor) -> Tensor:
         return tensor[self.index]
@@ -451,15 +452,16 @@ class Curvature:
     def _product(self, v: Tensor, from_: Parameters, to: Parameters) -> Tensor:
         view = self.view
         parts = from_.split(v.to(view.dtype))
-        total = torch.zeros(to.size, dtype=view.dtype, device=view.device)
+        total = None
         with required(self.tensors.values()), torch.enable_grad(), exact_convolutions():
             for gradient in self._gradients():
                 sources = [(g, part) for g, part in zip((gradient[name] for name in from_.tensors), parts, strict=True)
                            if g.requires_grad]  # else it is constant  # fmt: skip
                 if sources:
                     outputs, vectors = zip(*sources, strict=True)
-                    total += to.flat(gradients(outputs, list(to.tensors.values()), vectors, keep=self.is_kept))
-        return view.total(total)
+                    share = to.flat(gradients(outputs, list(to.tensors.values()), vectors, keep=self.is_kept))
+                    total = share if total is None else total.add_(share)
+        return view.total(v.new_zeros(to.size, dtype=view.dtype) if total is None else total)
 
     def _gradients(self) -> Iterator[dict[str, Tensor]]:
         """The gradient of each chunk's share of the mean, with its graph, by tensor."""

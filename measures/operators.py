@@ -1,17 +1,17 @@
 """Large matrices known by their products alone: eigenpairs, trace and spectral density of symmetric ones.
 
-Letters: H the symmetric matrix (n × n), λ eigenvalues, m Lanczos steps, Q their basis (m × n), θ Ritz values, P probes.
+Letters: H the symmetric matrix (n × n), λ eigenvalues, m Lanczos steps, θ Ritz values, P probes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from measures.lanczos import Lanczos, Limits, Product, ends, quadrature
 from run.errors import NotFinite, UserError
 from run.memory import free_memory
 from run.seeds import seed_from
@@ -19,14 +19,9 @@ from run.seeds import seed_from
 DENSE = 2000  # rows up to which a matrix is built and solved exactly
 TOLERANCE = 1e-3  # of residuals ‖Hv - λv‖, relative to the largest |λ|
 STEPS, PROBES, TRACE_PROBES = 80, 5, 100
-SECOND_LOOK = 8  # steps from another start, in case an eigenvalue has copies
+SECOND_LOOK = 8  # steps at most from another start, in case an eigenvalue has copies
 MOST_STEPS = 3000  # of one search for eigenpairs
-PRECISE = 2**16  # numbers in a vector up to which vectors are float64
 BASIS_SHARE = 0.25  # of free memory that Lanczos vectors may take
-CANCELLED = 0.7  # what is left of a vector's length at least, if rounding is to play no role
-GROWTH = 32  # vectors for which room is made at a time
-
-Product = Callable[[Tensor], Tensor]
 
 
 class Pairs(NamedTuple):
@@ -60,93 +55,6 @@ def estimate(samples: Tensor) -> Estimate:
     samples = samples.double()
     error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
     return Estimate(float(samples.mean()), error)
-
-
-class Lanczos:
-    """The Krylov space of H from a start vector, orthogonal to the rows of `against`, one more vector by each `step`.
-
-    Every new vector is made orthogonal to all others, to rounding: without that, eigenvalues come in false copies. QHQᵀ
-    is kept as a full matrix, so that a restart is nothing but a change of basis to the Ritz vectors that matter.
-    """
-
-    def __init__(self, product: Product, start: Tensor, dtype: torch.dtype, against: Tensor | None = None) -> None:
-        self.product, self.dtype = product, dtype
-        self.basis_dtype = torch.float64 if len(start) <= PRECISE else dtype
-        self.against = None if against is None else against.to(self.basis_dtype)
-        self.Q = start.new_empty(0, len(start), dtype=self.basis_dtype)
-        self.size = 0  # of Q that is filled
-        self.T = torch.zeros(0, 0, dtype=torch.float64)
-        self.next = self._orthogonal(start.to(self.basis_dtype))
-        self.beta = float(torch.linalg.vector_norm(self.next))
-        self.next = self.next / self.beta
-        self.scale = 0.0  # of the largest product so far
-        self.is_whole = True  # the start vector is still the first of the basis
-
-    def step(self) -> bool:
-        """One product more. False, and none, where the space holds all that the start vector can reach."""
-        if self.is_exhausted():
-            return False
-        if self.size == len(self.Q):
-            self.Q = torch.cat([self.Q, self.Q.new_empty(GROWTH, self.Q.shape[1])])
-        self.Q[self.size] = self.next
-        self.size += 1
-        w = self.product(self.next.to(self.dtype)).to(self.basis_dtype)
-        length = float(torch.linalg.vector_norm(w))
-        if not math.isfinite(length):
-            raise NotFinite("a product with the matrix is infinite or nan.")
-        self.scale = max(self.scale, length)
-        column = self.basis @ w
-        T = torch.zeros(self.size, self.size, dtype=torch.float64)
-        T[:-1, :-1] = self.T
-        T[:, -1] = T[-1, :] = column.double().cpu()
-        self.T = T
-        r = self._orthogonal(w - self.basis.T @ column)
-        self.beta = float(torch.linalg.vector_norm(r))
-        self.next = r / self.beta if self.beta else r
-        return True
-
-    @property
-    def basis(self) -> Tensor:
-        return self.Q[: self.size]
-
-    def is_exhausted(self) -> bool:
-        """Whether what is left of a product beside the space is nothing but rounding."""
-        eps = torch.finfo(self.dtype).eps
-        return self.size > 0 and (self.beta <= 10 * eps * self.scale or self.size >= self._room())
-
-    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """θ in descending order, their vectors' coefficients (columns), and ‖Hv - θv‖ of each."""
-        theta, S = torch.linalg.eigh(self.T)
-        return theta.flip(0), S.flip(1), (self.beta * S[-1].abs()).flip(0)
-
-    def vectors(self, coefficients: Tensor) -> Tensor:
-        """Ritz vectors in rows, from their coefficients in columns."""
-        return coefficients.T.to(self.basis) @ self.basis
-
-    def known(self) -> tuple[float, float]:
-        """tr QHQᵀ and ‖HQᵀ‖_F² of the space, whatever has converged in it: HQᵀ is QᵀT and one vector of length β."""
-        return float(self.T.trace()), float(self.T.square().sum()) + self.beta**2
-
-    def restart(self, largest: int, least: int = 0) -> None:
-        """Keep so many Ritz vectors of both ends alone, and go on from where it was."""
-        theta, S, _ = self.ritz()
-        kept = ends(self.size, largest, least)
-        self.Q[: len(kept)] = self.vectors(S[:, kept])
-        self.T, self.size, self.is_whole = torch.diag(theta[kept]), len(kept), False
-
-    def _orthogonal(self, w: Tensor) -> Tensor:
-        """Without what lies in the space and in `against`; again where rounding may have left some of it."""
-        for _ in range(3):
-            length = torch.linalg.vector_norm(w)
-            if self.against is not None:
-                w = w - self.against.T @ (self.against @ w)
-            w = w - self.basis.T @ (self.basis @ w) if self.size else w
-            if torch.linalg.vector_norm(w) > CANCELLED * length:
-                break
-        return w
-
-    def _room(self) -> int:
-        return self.Q.shape[1] - (0 if self.against is None else len(self.against))
 
 
 class Symmetric:
@@ -278,22 +186,38 @@ class Symmetric:
         """Eigenpairs, descending, that begin with the `top` largest and end with the `bottom` least of all."""
         self.space = Lanczos(self.matvec, self._start(0), self.dtype)
         found = self._converged(self.space, top, bottom, tol)
-        look = 0
-        while len(found.values) < self.size:
-            look += 1
-            other = Lanczos(self.matvec, self._start(look), self.dtype, against=found.vectors)
-            while other.size < SECOND_LOOK and other.step():
-                pass
-            scale, theta, num = found.values.abs().max(), other.ritz()[0], len(found.values)
-            larger = top > 0 and (num < top or theta[0] > found.values[top - 1] + tol * scale)
-            less = bottom > 0 and (num < bottom or theta[-1] < found.values[-bottom] - tol * scale)
-            if not larger and not less:
+        look = 1
+        while len(found.values) < self.size > self.space.size:
+            limits = Limits.beyond(found.values, top, bottom, tol * float(found.values.abs().max()))
+            other, more = self._second_look(limits, found, look, top, bottom)
+            if not any(more):
                 break
-            more = self._converged(other, int(larger), int(less), tol, scale)
-            values = torch.cat([found.values, more.values])
-            order = values.argsort(descending=True)
-            found = Pairs(*(torch.cat([a, b])[order.to(a.device)] for a, b in zip(found, more, strict=True)))
+            found = joined(found, self._converged(other, *more, tol, float(found.values.abs().max())))
+            look += 1
         return found
+
+    def _second_look(
+        self, limits: Limits, found: Pairs, look: int, top: int, bottom: int
+    ) -> tuple[Lanczos, tuple[bool, bool]]:
+        """A space orthogonal to what was found, and whether it has more beyond the limits: at its upper, its lower end.
+
+        The first time this is looked for orthogonally to all vectors of the search. There, nothing is large but copies
+        and what the search has nearly overlooked, so that few steps are enough to see that there are none.
+        """
+        against, narrowed = found.vectors, limits
+        if look == 1:
+            against, narrowed = self.space.basis, self.space.narrowed(limits, top, bottom)
+        other = Lanczos(self.matvec, self._start(look), self.dtype, against)
+        more = False, False
+        while not any(more) and other.size < SECOND_LOOK and other.step():
+            theta, S, _ = other.ritz()
+            more = limits.passed(theta)
+            if other.would_show(narrowed):
+                break
+        if look == 1 and any(more):
+            start = other.vectors(S[:, ends(other.size, *more)]).sum(0)
+            other = Lanczos(self.matvec, start, self.dtype, found.vectors)
+        return other, more
 
     def _converged(self, space: Lanczos, top: int, bottom: int, tol: float, scale: float = 0.0) -> Pairs:
         """Ritz pairs of both ends of a space, grown until their residuals are small enough, or it is exhausted."""
@@ -346,15 +270,10 @@ class Symmetric:
         return signs.to(self.device, self.dtype)
 
 
-def ends(size: int, top: int, bottom: int) -> list[int]:
-    """The places of the first `top` and the last `bottom` of so many, each once."""
-    return sorted({*range(min(top, size)), *range(max(size - bottom, 0), size)})
-
-
-def quadrature(space: Lanczos) -> tuple[Tensor, Tensor]:
-    """Nodes (descending) and weights of the density that the start vector of a space sees."""
-    theta, S, _ = space.ritz()
-    return theta, S[0].square()
+def joined(found: Pairs, more: Pairs) -> Pairs:
+    """Both in one, descending."""
+    order = torch.cat([found.values, more.values]).argsort(descending=True)
+    return Pairs(*(torch.cat([a, b])[order.to(a.device)] for a, b in zip(found, more, strict=True)))
 
 
 def root_of(square: Estimate) -> Estimate:
