@@ -3,11 +3,14 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from processes import assert_killed_ends_as_whole
 from test_classifier import fitted, toy_images
+from test_robustness import make_images
 
 import networks
 from measures.decodable_information import decodable_information
 from run.between_steps import between_steps
+from run.checkpoints import read_checkpoint
 from run.presets import WHITE_BOXES
 from whitebox import GumbelConv2d, PositiveConv2d
 
@@ -117,3 +120,17 @@ def test_layers_serve_in_anybodys_network(kind):
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), kind(4, 2, 3), torch.nn.Flatten())
     network(torch.randn(2, 1, 7, 7)).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", ["Gumbel --topk 2 --tau 1:0.2", "Positive --lookahead --norm iternorm --augmax flip"]
+)
+def test_a_killed_run_ends_as_one_that_nothing_disturbed(options, tmp_path):
+    make_images(tmp_path / "images")
+    line = f"-m {options} -d {tmp_path / 'images'} -e 3 -b 16 --no-dib --no-plots".split()
+    assert_killed_ends_as_whole(line, tmp_path, 7)
+    state = read_checkpoint(tmp_path / "lightning_logs/cut/checkpoints/last.ckpt")["state_dict"]
+    if "Positive" in options:
+        assert min(value.min() for name, value in state.items() if name.endswith("conv2.weight")) >= 0
+    else:
+        assert state["network.conv2.tau"] == pytest.approx(0.2)  # where it has fallen to
