@@ -1,5 +1,6 @@
 # make run ARGS="-m ResNet -d CIFAR10" · make test · make test-processors · make test-oldest · make torture · make lint
-# make test-cluster, with slurm-wlm and as root · make bench · make bench-gpu · make clean
+# make test-cluster (needs root and slurm-wlm) · make test-image (needs root and buildah)
+# make bench · make bench-gpu · make clean
 # Everything is installed into .venv, with the interpreter PYTHON; into .venv-oldest, for make test-oldest, the lowest
 # versions that requirements.txt allows.
 
@@ -17,7 +18,7 @@ BENCHMARKS := startup training_loop data nc1 nc1_scaling dib_heads run_with_meas
 PROCESSORS := default $(shell grep -qs avx2 /proc/cpuinfo && echo avx2) \
 	$(shell grep -qs avx512vl /proc/cpuinfo && echo avx512)
 
-.PHONY: run test test-processors test-oldest test-cluster torture lint bench bench-gpu clean
+.PHONY: run test test-processors test-oldest test-cluster test-image torture lint bench bench-gpu clean
 
 run: $(VENV)/core
 	$(BIN)/python main.py $(ARGS)
@@ -36,6 +37,9 @@ test-oldest: $(OLDEST)/test
 
 test-cluster: $(VENV)/test
 	$(BIN)/python -m pytest -rs tests/cluster.py $(ARGS)
+
+test-image: $(VENV)/test
+	$(BIN)/python -m pytest -rs tests/image.py $(ARGS)
 
 torture: test-processors
 	$(BIN)/python -m pytest -s tests/torture.py $(ARGS)

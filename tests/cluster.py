@@ -39,7 +39,9 @@ while [ $status -gt 128 ] && kill -0 $! 2> /dev/null; do wait $!; status=$?; don
 exit $status""",
 }
 lacking = missing()
-needs_slurm = pytest.mark.skipif(bool(lacking), reason=f"no SLURM to start: it needs {', '.join(lacking)}")
+needs_slurm = pytest.mark.skipif(
+    bool(lacking), reason=f"a SLURM cannot be started without {', '.join(lacking)}: apt-get install slurm-wlm"
+)
 pytestmark = [pytest.mark.timeout(600), needs_slurm]
 
 
