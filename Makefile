@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 # One thread: what other threads wait for is noise.
-BENCHMARKS := startup training_loop data nc1 nc1_scaling dib_heads run_with_measures how_far devices clusters \
+BENCHMARKS := startup training_loop data images nc1 nc1_scaling dib_heads run_with_measures how_far devices clusters \
 	quantities
 
 # As which torch can compute here: a processor of any age, one with AVX2, one with AVX-512.

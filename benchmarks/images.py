@@ -1,0 +1,251 @@
+"""More photos than memory holds: mapped from one decoded file, against torchvision's ImageFolder in a DataLoader.
+
+    OMP_NUM_THREADS=1 python benchmarks/images.py
+
+Claim: once decoded, batches as tests and measures see them cost at most a fifth of what they do from ImageFolder; the
+memory of a process stays flat where a control group leaves it a fifth of the data; two processes share the pages. The
+photos are made up, of 500 × 375, as those of ImageNet are on average, and scaled to 224 × 224; both sides give normalised
+float batches. Ratios are of the CPU's time, all threads and processes together, so that idle cores help neither side.
+"""
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, arguments, report
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+import datasets
+from run import memory
+
+SIZE, PHOTO, BATCH_SIZE = 224, (500, 375), 64
+DISTINCT = 300  # photos; the others are copies of them, which cost the same
+ROOM = 300e6  # bytes that a control group leaves beside the program
+MOST = 24  # batches that are read to see how fast that is
+GROUP_FILES = {"memory.max": "memory.peak", "memory.limit_in_bytes": "memory.max_usage_in_bytes"}
+WAYS = ("ours", "ours, again", "ImageFolder", "ImageFolder, 2 workers")
+
+
+def main() -> None:
+    args = arguments(__doc__, photos={"type": int, "default": 10_000}, reader={})
+    if args.reader:
+        print(json.dumps(read(**json.loads(args.reader))))
+        return
+    num = 40 if args.quick else args.photos
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:  # on a disk, as /tmp may be memory
+        seconds = make_photos(Path(folder), num)
+        num_bytes = num * 3 * SIZE**2
+        tables = {
+            "Photos": [{"photos": num, "decoded, GB": num_bytes / 1e9, "of JPEG, GB": size_of(folder) / 1e9,
+                        "photos decoded a second": num / seconds}],
+            f"Batches of {BATCH_SIZE} photos of {PHOTO[0]} × {PHOTO[1]} at {SIZE} × {SIZE}": throughput(folder),
+            f"Memory, MB, where a control group leaves {ROOM / 1e6:.0f} MB beside the program": flatness(folder),
+            "Two processes, both of which have read all of the file": sharing(folder),
+        }  # fmt: skip
+    report("images", tables, args)
+
+
+def make_photos(folder: Path, num: int) -> float:
+    """Two classes of JPEGs with large forms and noise, decoded once by us; how many seconds that took."""
+    photos = [photo(i) for i in range(min(num, DISTINCT))]
+    for i in range(num):
+        place = folder / ("test" if i < 4 else "train") / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i}.jpg").write_bytes(photos[i % len(photos)])
+    start = time.perf_counter()
+    load(str(folder))
+    return time.perf_counter() - start
+
+
+def photo(seed: int) -> bytes:
+    random, file = np.random.default_rng(seed), io.BytesIO()
+    forms = Image.fromarray(random.integers(256, size=(12, 16, 3), dtype=np.uint8)).resize(
+        PHOTO, Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(forms) + random.integers(-16, 17, size=(PHOTO[1], PHOTO[0], 3))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def size_of(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*.jpg"))
+
+
+def load(folder: str, in_memory: bool = False) -> datasets.Dataset:
+    return datasets.load(folder, image_size=SIZE, in_memory=in_memory)
+
+
+# A process of its own for each reader, so that its memory is its own
+
+
+def read(
+    folder: str, way: str, augment: bool, epochs: int, most: int | None = None, wait_for: str | None = None
+) -> dict:
+    """Seconds of an epoch and of the CPU in it, and after each epoch the process's memory in MB."""
+    batches = (
+        ours(folder, augment, way == "in memory")
+        if way in ("ours", "in memory")
+        else torchvisions(folder, augment, way)
+    )
+    result = {"seconds": [], "cpu": [], "anonymous": [], "counts": 0}
+    for _ in range(epochs):
+        start, cpu = time.perf_counter(), cpu_seconds()
+        result["counts"] = exhaust(islice(batches, most))
+        result["seconds"].append(time.perf_counter() - start)
+        result["cpu"].append(cpu_seconds() - cpu)
+        result["anonymous"].append(status("RssAnon"))
+    if wait_for:
+        meet(wait_for)
+        result |= pages(".bytes")
+        meet(wait_for + "-done")
+    return result
+
+
+def ours(folder: str, augment: bool, in_memory: bool) -> datasets.Batches:
+    return datasets.Batches(load(folder, in_memory), "train", BATCH_SIZE, shuffle=True, augment=augment)
+
+
+def torchvisions(folder: str, augment: bool, way: str) -> DataLoader:
+    cut = [transforms.Resize(SIZE), transforms.CenterCrop(SIZE)]
+    if augment:
+        cut = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()]
+    transform = transforms.Compose([*cut, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)])
+    images = ImageFolder(f"{folder}/train", transform)
+    return DataLoader(images, BATCH_SIZE, shuffle=True, num_workers=2 if "workers" in way else 0)
+
+
+def exhaust(batches: Iterable) -> int:
+    return sum(len(y) for _, y in batches)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(use.ru_utime + use.ru_stime for use in uses)
+
+
+def status(name: str) -> float:
+    """A line of /proc/self/status, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(f"{name}:"))
+
+
+def pages(suffix: str) -> dict[str, float]:
+    """MB of the mapped file that this process sees in memory, and its share of them: half, of what two see."""
+    blocks = Path("/proc/self/smaps").read_text().split("VmFlags")
+    block = next(block for block in blocks if f"{suffix}\n" in block)
+    values = {line.split(":")[0]: line.split()[1] for line in block.splitlines() if line.endswith(" kB")}
+    return {name: int(values[name]) / 1e3 for name in ("Rss", "Pss")}
+
+
+def meet(place: str) -> None:
+    """Wait until both readers have come here."""
+    Path(f"{place}.{os.getpid()}").touch()
+    while len(list(Path(place).parent.glob(f"{Path(place).name}.*"))) < 2:
+        time.sleep(0.01)
+
+
+class Reader:
+    """A process that reads, perhaps within a control group."""
+
+    def __init__(self, group: Path | None, **about: object) -> None:
+        join = (lambda: (group / "cgroup.procs").write_text(str(os.getpid()))) if group else None
+        command = [sys.executable, __file__, "--reader", json.dumps(about)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=join)
+
+    def result(self) -> dict:
+        told, _ = self.process.communicate()
+        assert self.process.returncode == 0, self.process.returncode
+        return json.loads(told.splitlines()[-1])
+
+
+# The tables
+
+
+def throughput(folder: str) -> list[dict]:
+    rows = []
+    for augment, what in ((False, "as they are"), (True, "random crops")):
+        about = {"folder": folder, "augment": augment, "epochs": 1, "most": MOST}
+        found = {way: Reader(None, way=way.removesuffix(", again"), **about).result() for way in WAYS}
+        num = found["ours"]["counts"]
+        cpu = {way: result["cpu"][0] for way, result in found.items()}
+        rows += [
+            {"": f"{what}: {way}", "photos a second": num / found[way]["seconds"][0],
+             "CPU, ms a photo": 1e3 * cpu[way] / num, "CPU / ours": cpu[way] / cpu["ours"]}
+            for way in WAYS
+        ]  # fmt: skip
+    return rows
+
+
+def flatness(folder: str) -> list[dict]:
+    """One process, and two at once, in a group that may hold no more than themselves and ROOM bytes."""
+    base = Reader(None, folder=folder, way="ours", augment=True, epochs=1).result()["anonymous"][0] * 1e6
+    rows = []
+    for num in (1, 2):
+        with control_group(int(num * base + ROOM)) as group:
+            readers = [Reader(group, folder=folder, way="ours", augment=False, epochs=3) for _ in range(num)]
+            results = [reader.result() for reader in readers]
+            peak = peak_of(group)
+        rows += [
+            {"": f"{num} process{'es' * (num > 1)}", "limit": None if group is None else (num * base + ROOM) / 1e6,
+             "peak of the group": peak, **{f"own, epoch {i + 1}": value for i, value in enumerate(result["anonymous"])},
+             "photos a second": result["counts"] / result["seconds"][-1]}
+            for result in results
+        ]  # fmt: skip
+    return rows
+
+
+def sharing(folder: str) -> list[dict]:
+    with tempfile.TemporaryDirectory() as place:
+        about = {"folder": folder, "augment": False, "epochs": 1, "wait_for": f"{place}/here"}
+        readers = [Reader(None, way="ours", **about) for _ in range(2)]
+        rows = [{"": f"process {i + 1}", "sees, MB": found["Rss"], "its share, MB": found["Pss"]}
+                for i, found in enumerate(reader.result() for reader in readers)]  # fmt: skip
+    total = {name: sum(row[name] for row in rows) for name in ("sees, MB", "its share, MB")}
+    return [*rows, {"": "together", **total}]
+
+
+@contextmanager
+def control_group(limit: int) -> Iterator[Path | None]:
+    """A control group below this process's own with this limit in bytes; None where it may make none."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    places = [Path(memory.ROOTS[name]) / own.lstrip("/") for _, name, own in lines if name in memory.ROOTS]
+    for place in places:
+        group = place / f"benchmark-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        for file in GROUP_FILES:
+            try:
+                (group / file).write_text(str(limit))
+            except OSError:
+                continue
+            yield group
+            group.rmdir()
+            return
+        group.rmdir()
+    yield None
+
+
+def peak_of(group: Path | None) -> float | None:
+    """The most that the group has held, in MB."""
+    files = [group / file for file in GROUP_FILES.values()] if group else []
+    return next((int(file.read_text()) / 1e6 for file in files if file.exists()), None)
+
+
+if __name__ == "__main__":
+    main()
