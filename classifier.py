@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from datasets import Data
 from networks import build_network
+from run.batch_norm import over_all_ranks
 from run.checkpoints import read_checkpoint
 from run.errors import UserError, WrongFlag
 from run.ranks import Ranks
@@ -102,6 +104,7 @@ class Classifier(LightningModule):
         tta: bool = False,
         seed: int = 0,
         keep_going: bool = False,
+        sync_batch_norm: bool = False,
     ):
         super().__init__()
         if tta and min(shape[1:], default=0) < 2:
@@ -166,7 +169,9 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        logits = self.network(x)
+        together = self.hparams.sync_batch_norm and self.trainer.world_size > 1
+        with over_all_ranks(self.network) if together else nullcontext():
+            logits = self.network(x)
         loss = loss_of(logits, y, self.hparams, smoothed=True)
         self._count("train", logits, y, loss)
         if self.trainer.world_size > 1:  # shares may differ by a sample, and the mean over ranks knows nothing of it

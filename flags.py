@@ -137,6 +137,8 @@ def _add_run(parser: Parser) -> None:
     add("--threads", type=number(int, 1, MAX_THREADS), metavar="N",
         help="threads of each process on the CPU (else 1 for networks below 10,000 parameters, for others all)")
     add("--strategy", choices=STRATEGIES, help="Lightning's strategy; for several devices auto is ddp")
+    add("--sync-batch-norm", action=argparse.BooleanOptionalAction,
+        help="batch norm by the samples of all devices, as one device would do it")
     add("--precision", choices=PRECISIONS, help="number format of training")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the network with torch.compile")
     add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format that convolutions on GPUs like")
@@ -283,6 +285,8 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
     _refuse_flags_of_what_is_not_asked(parser, given, flags)
     if "measure_every" in given and "measure_at" in given:
         error("argument --measure-at: not allowed with --measure-every")
+    if flags["sync_batch_norm"] and flags["compile"] and flags["devices"] * flags["num_nodes"] > 1:
+        error("argument --sync-batch-norm: not allowed with --compile: what is compiled cannot wait for other devices")
     crowd = too_many_processes(flags["devices"]) if flags["accelerator"] == "cpu" else None
     if crowd:
         error(crowd)

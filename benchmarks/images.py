@@ -4,8 +4,9 @@
 
 Claim: once decoded, batches as tests and measures see them cost at most a fifth of what they do from ImageFolder; the
 memory of a process stays flat where a control group leaves it a fifth of the data; two processes share the pages. The
-photos are made up, of 500 × 375, as those of ImageNet are on average, and scaled to 224 × 224; both sides give normalised
-float batches. Ratios are of the CPU's time, all threads and processes together, so that idle cores help neither side.
+photos are made up, of 500 × 375, as those of ImageNet are on average, and scaled to 224 × 224; both sides give
+normalised float batches. Ratios are of the CPU's time, all threads and processes together, so idle cores
+help neither side.
 """
 
 import io

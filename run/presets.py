@@ -39,6 +39,7 @@ DEFAULTS = {
     "num_nodes": 1,
     "threads": None,
     "strategy": "auto",
+    "sync_batch_norm": False,
     "precision": "32-true",
     "compile": False,
     "channels_last": False,

@@ -49,6 +49,7 @@ WRONG = [
     ("--strategy nonsense", "--strategy", "ddp_find_unused_parameters_true"),
     ("--seed 4294967296", "--seed", "at most"),
     ("--limit 0", "--limit", "at least 1"),
+    ("--sync-batch-norm --compile --devices 2", "--sync-batch-norm", "not allowed with --compile"),
     ("--image-size 0 -d .", "--image-size", "at least 1"),
     ("--image-size 32 -d MNIST", "--image-size", "folders of images"),
     ("--in-memory no -d MNIST", "--in-memory", "folders of images"),

@@ -110,6 +110,7 @@ TESTED_WITH = {
     "warps": "test_whitebox",
     "run.between_steps": "test_whitebox_networks",
     "augmentation": "test_batches",
+    "run.batch_norm": "test_ranks",
     "run.catalogue": "test_tables",
     "run.command": "test_package",
     "run.console": "test_main",

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from measures.neural_collapse import neural_collapse
 from measures.rank import rank
 from networks import build_network
 from run import ranks
+from run.batch_norm import over_all_ranks
 from run.ranks import Ranks, is_lost_rank, name_by_environment
 from run.run_folder import RunFolder
 
@@ -124,8 +126,8 @@ def test_convolutions_and_look_ahead_leave_the_ranks_with_the_buffers_of_the_che
         assert together[name] == pytest.approx(alone[name], rel=1e-9), name
 
 
-def test_training_without_batch_norm_is_that_of_one_process_also_with_shares_of_different_size(tmp_path):
-    argv = [*TINY, *EXACT, "--no-batch-norm", "-b", "51", "-e", "4", "--optimizer", "sgd", "--no-dib", "--quiet"]
+def test_training_with_batch_norm_over_all_is_that_of_one_process_also_with_shares_of_different_size(tmp_path):
+    argv = [*TINY, *EXACT, "--sync-batch-norm", "-b", "51", "-e", "4", "--optimizer", "sgd", "--no-dib", "--quiet"]
     statuses, text = run_tasks([*argv, "--name", "two"], tmp_path)
     assert statuses == [0, 0], text
     assert finish([*argv, "--name", "one"], tmp_path)[0] == 0
@@ -217,6 +219,66 @@ def test_ranks_with_different_numbers_of_batches_find_what_one_process_finds():
         tolerance = {"rtol": 0, "atol": OF_HEADS} if measure == "dib" else {"rtol": 1e-9, "atol": 1e-12}
         for layer, value in alone[measure].items():
             torch.testing.assert_close(found[0][measure][layer], value, **tolerance)
+
+
+# Batch norm
+
+
+def normalised(x, together):
+    """Output, gradients and statistics of two norms after two steps on x (B, 3, 5)."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Tanh(), nn.BatchNorm1d(3, momentum=None, affine=False)).double()
+    x = x.clone().requires_grad_()
+    for _ in range(2):
+        with over_all_ranks(network) if together else nullcontext():
+            y = network(x)
+        (y * torch.linspace(-1, 2, 5)).pow(3).sum().backward()
+    parameters = [parameter.grad.tolist() for parameter in network.parameters()]
+    statistics = {name: buffer.tolist() for name, buffer in network.named_buffers()}
+    return y.tolist(), x.grad.tolist(), parameters, statistics, network.eval()(x).tolist()
+
+
+def normalise_on_a_rank(index, port, queue):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
+    queue.put((index, normalised(samples_to_normalise()[[slice(0, 2), slice(2, 9)][index]], together=True)))
+    torch.distributed.destroy_process_group()
+
+
+def samples_to_normalise():
+    return torch.randn(9, 3, 5, generator=torch.Generator().manual_seed(1)).double() + 4
+
+
+def test_batch_norm_over_all_ranks_is_that_of_the_whole_batch():
+    """2 and 7 samples; in float64, where sums in another order differ by 1e-16."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_ranks"])
+    queue, port = context.Queue(), free_port()
+    processes = [context.Process(target=normalise_on_a_rank, args=(index, port, queue)) for index in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    y, gradient, parameters, statistics, evaluated = normalised(samples_to_normalise(), together=False)
+    tensor, close = (
+        partial(torch.tensor, dtype=torch.float64),
+        partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11),
+    )
+    for place, expected in ((0, y), (1, gradient), (4, evaluated)):
+        close(tensor(found[0][place] + found[1][place]), tensor(expected))
+    assert found[0][3] == found[1][3]
+    for name, expected in statistics.items():
+        close(tensor(found[0][3][name]), tensor(expected))
+    for first, second, expected in zip(found[0][2], found[1][2], parameters, strict=True):
+        close(tensor(first) + tensor(second), tensor(expected))
+
+
+def test_batch_norm_is_its_own_again_afterwards():
+    network = nn.Sequential(nn.BatchNorm1d(3))
+    with over_all_ranks(network):
+        assert "forward" in vars(network[0])
+    assert "forward" not in vars(network[0])
+    network(torch.randn(4, 3))
 
 
 # Threads
