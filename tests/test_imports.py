@@ -17,6 +17,7 @@ FLOORS = (
     "figures",
     "classifier",
     "networks",
+    "slots",
     "whitebox_networks",
     "whitebox",
     "warps",

@@ -1,0 +1,404 @@
+"""Slots: a last layer that grows while it trains, memorises with exact precision, and is updated without forgetting.
+
+A slot is a direction with a label and a threshold. A sample whose features point towards it at least as closely as the
+threshold says *matches* it, and on the samples by which the threshold was set, only samples of its label do.
+
+    slots = Slots(dimension=784, num_classes=10)
+    slots.fit(h, y)  # features (N, 784) of any backbone, or plain pixels
+    slots.predict(h)
+
+Letters: N samples (B of a batch), V variants of each, d their dimension, S slots, C classes; h features, z features of
+length 1, s similarities, t thresholds.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from whitebox import SoftMaxPool
+
+POOLS = ("softmax", "max")
+NEAREST = -1.0  # the score of a class without slots: no similarity is lower
+ROUNDING = 4e-6  # similarities that differ by less may change places when they are computed in another batch
+FOLLOWS = 0.1  # how far a threshold goes towards that of the last batch
+BLOCK_ELEMENTS = 2**24  # similarities of all samples with some slots, held at once: 67 MB in float32
+
+Labelled = tuple[Tensor, Tensor]  # z (N, d) or (N, V, d), labels (N,)
+
+
+def unit(h: Tensor) -> Tensor:
+    """Features as directions: length 1 along the last axis, at least float32; what is 0 stays 0."""
+    return F.normalize(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1)
+
+
+def similarities(z: Tensor, W: Tensor) -> Tensor:
+    """s_ij = max_v ⟨z_iv, W_j / ‖W_j‖⟩ of directions (N, d), or of V variants of each (N, V, d), with slots (S, d).
+
+    >>> similarities(torch.tensor([[0.6, 0.8]]), torch.tensor([[2.0, 0.0], [0.0, 5.0]])).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    with torch.autocast(z.device.type, enabled=False):  # in bfloat16 thresholds would be good for two digits
+        s = z @ unit(W).to(z.dtype).T
+    return s if z.ndim == 2 else s.amax(1)  # (N, S)
+
+
+def thresholds(s: Tensor, y: Tensor, label: Tensor, margin: float = 0.0) -> Tensor:
+    """The lowest t_j (S,) at which each slot has full precision on samples with similarities s (N, S), labels y (N,).
+
+    t_j = min{s_ij : y_i = c_j and s_ij > max_{k : y_k ≠ c_j} s_kj + margin}, ∞ if there is none. By hand: of the first
+    slot's class are samples 0 to 2, and 3, which is not, lies between them; the second slot's class has no sample.
+
+    >>> s = torch.tensor([[0.9, 0.1], [0.8, 0.1], [0.5, 0.1], [0.6, 0.1]])
+    >>> thresholds(s, torch.tensor([0, 0, 0, 1]), torch.tensor([0, 2])).tolist()
+    [0.800000011920929, inf]
+    """
+    return Pairs(s.clone(), y, label).thresholds(margin)
+
+
+def covers(s: Tensor, y: Tensor, label: Tensor, threshold: Tensor) -> Tensor:
+    """Which samples (N) each slot (S) matches and has the label of: bool (N, S)."""
+    return (s >= threshold) & (y[:, None] == label)
+
+
+def greedy_cover(covered: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Columns of `covered`, bool (N, S), that cover the rows: which, in greedy order, and how many rows each gains.
+
+    Each is the first of those that cover the most rows still uncovered, at least `least`. Gains are counted once and
+    then lowered row by row as rows are covered: O(N S) in all.
+
+    >>> covered = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 1, 1]]).bool()
+    >>> [part.tolist() for part in greedy_cover(covered)]
+    [[0, 1], [3, 1]]
+    """
+    gain = covered.sum(0)  # (S,)
+    columns, is_open = covered.T.contiguous(), covered.new_ones(len(covered))
+    chosen, gains = [], []
+    while len(gain) and (most := int(gain.max())) >= max(least, 1):
+        j = int((gain == most).nonzero()[0])
+        rows = (columns[j] & is_open).nonzero()[:, 0]
+        is_open[rows] = False
+        gain -= covered[rows].sum(0)
+        chosen.append(j)
+        gains.append(most)
+    return torch.tensor(chosen, dtype=torch.long), torch.tensor(gains, dtype=torch.long)
+
+
+class Pairs:
+    """Similarities (N, S) taken apart, in place: those of samples and slots of one class, and of other classes."""
+
+    def __init__(self, s: Tensor, y: Tensor, label: Tensor) -> None:
+        classes = [((y == c).nonzero(), (label == c).nonzero()[:, 0]) for c in label.unique()]
+        self.places = [(rows, columns) for rows, columns in classes if len(rows)]  # (n, 1), (m,) of each class
+        self.own = [s[place] for place in self.places]  # (n, m)
+        for place in self.places:
+            s[place] = -torch.inf
+        self.others = s.amax(0) if len(s) else s.new_full((s.shape[1],), -torch.inf)  # (S,)
+
+    def lowest_above(self, bar: Tensor) -> Tensor:
+        """The least similarity of each slot with a sample of its class that is above its bar, (S,), else ∞."""
+        t = torch.full_like(bar, torch.inf)
+        for (_, columns), own in zip(self.places, self.own, strict=True):
+            t[columns] = own.masked_fill(own <= bar[columns], torch.inf).amin(0)
+        return t
+
+    def thresholds(self, margin: float) -> Tensor:
+        """What the function of this name gives."""
+        return self.lowest_above(self.others + margin)
+
+    def mark(self, covered: Tensor, threshold: Tensor) -> None:
+        """Set, in `covered` (N, S), which samples each slot matches and has the label of."""
+        for (rows, columns), own in zip(self.places, self.own, strict=True):
+            covered[rows, columns] = own >= threshold[columns]
+
+
+def calibrated(samples: Sequence[Labelled], W: Tensor, label: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Thresholds (S,) with full precision on all these samples together, and which of each part every slot covers.
+
+    They lie half of `ROUNDING` below those of `thresholds`, and no sample of another class lies within it: so it makes
+    no difference in which batch a similarity is computed. Holds the similarities of a few slots at a time.
+    """
+    threshold = torch.empty(len(W), dtype=W.dtype, device=W.device)
+    covered = [torch.zeros(len(y), len(W), dtype=torch.bool, device=W.device) for _, y in samples]
+    for block in blocks(len(W), sum(len(y) for _, y in samples)):
+        parts = [Pairs(similarities(z, W[block]), y, label[block]) for z, y in samples]
+        bar = torch.stack([part.others for part in parts]).amax(0) + ROUNDING
+        t = torch.stack([part.lowest_above(bar) for part in parts]).amin(0) - ROUNDING / 2
+        threshold[block] = t.to(W.dtype)
+        for part, of in zip(parts, covered, strict=True):
+            part.mark(of[:, block], threshold[block])
+    return threshold, covered
+
+
+def blocks(num_slots: int, num_samples: int) -> Iterator[slice]:
+    """Slots, so many at a time that their similarities with all samples are at most `BLOCK_ELEMENTS`."""
+    size = max(1, BLOCK_ELEMENTS // max(num_samples, 1))
+    yield from (slice(start, start + size) for start in range(0, num_slots, size))
+
+
+class Growth(NamedTuple):
+    """What a batch did: slots added, and unmatched samples that no slot can tell from those of another class."""
+
+    added: int
+    uncovered: int
+
+
+class Slots(nn.Module):
+    """A last layer of slots: features (B, d), or V variants of each (B, V, d), to logits (B, C).
+
+    A class's score is the soft maximum (`SoftMaxPool`, p = softmax(scale · s)) or the maximum of the similarities with
+    its slots; logits are scale × score. It starts without slots: `grow` makes them of samples that no slot of their
+    class matches, `step` moves them along the gradient of a loss, `calibrate` and `prune` end an epoch, and `fit` does
+    all of it. `update` adds slots for new samples and leaves every prediction as it was that an old match decides.
+
+    State: W (S, d), and of each slot its `label`, its `threshold`, `hits`, the number of samples that it matched when
+    it was last calibrated, and `update_of`, in which update it came (0: in training). Reading a state dict resizes it.
+    """
+
+    def __init__(self, dimension: int, num_classes: int, scale: float = 30.0, pool: str = "softmax") -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"{pool!r} is no way of pooling slots; choose one of {', '.join(POOLS)}")
+        if scale <= 0:
+            raise ValueError(f"the scale of slots must be above 0, not {scale}")
+        self.dimension, self.num_classes, self.scale, self.pool = dimension, num_classes, scale, pool
+        self.W = nn.Parameter(torch.empty(0, dimension))
+        self.growth = Growth(0, 0)  # in the last batch
+        self._awaited: Tensor | None = None
+        self.register_buffer("label", torch.empty(0, dtype=torch.long))
+        self.register_buffer("threshold", torch.empty(0))
+        self.register_buffer("hits", torch.empty(0, dtype=torch.long))
+        self.register_buffer("update_of", torch.empty(0, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return len(self.W)
+
+    def __bool__(self) -> bool:
+        return True  # without slots it is a layer all the same
+
+    def extra_repr(self) -> str:
+        """What `print(network)` shows."""
+        return f"{self.dimension}, {self.num_classes}, scale={self.scale:g}, pool={self.pool}, {len(self)} slots"
+
+    def reset_parameters(self) -> None:
+        """No slots."""
+        self._keep(torch.empty(0, dtype=torch.long, device=self.W.device))
+
+    @property
+    def counts(self) -> Tensor:
+        """How many slots each class has, (C,)."""
+        return self.label.bincount(minlength=self.num_classes)
+
+    # What slots say of samples
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Logits (B, C), whose highest is `predict`'s where slots came by an update; else they are the plain scores."""
+        if self._awaited is not None:
+            self.growth, self._awaited = self.grow(h.detach(), self._awaited), None
+        s = similarities(unit(h), self.W)
+        logits = self.scale * self.scores(s)
+        return self._with_matches_first(logits, s) if self.update_of.any() else logits
+
+    def scores(self, s: Tensor) -> Tensor:
+        """Class scores (B, C) from similarities s (B, S), of the slots that came in training."""
+        label = torch.where(self.update_of == 0, self.label, self.num_classes)  # updates go behind the last class
+        order = label.argsort(stable=True)
+        counts = label.bincount(minlength=self.num_classes + 1)[: self.num_classes + 1].tolist()
+        by_class = s[:, order].split(counts, dim=1)[: self.num_classes]
+        return torch.stack([self._pooled(of_class) for of_class in by_class], dim=1)
+
+    def _pooled(self, s: Tensor) -> Tensor:
+        """(B, n) → (B,)."""
+        if s.shape[1] == 0:
+            return s.new_full((len(s),), NEAREST)
+        return s.amax(1) if self.pool == "max" else SoftMaxPool(1, 1 / self.scale)(s)[:, 0]
+
+    def deciding(self, s: Tensor) -> Tensor:
+        """The matching slot of each sample that decides, (B,), -1 where none matches: the most similar of the oldest.
+
+        Oldest are those of training, then those of each update: a later one changes nothing about earlier matches.
+        """
+        winner = torch.full((len(s),), -1, device=s.device)
+        matched = s >= self.threshold
+        for update in self.update_of.unique().tolist():  # ascending
+            of_update = matched & (self.update_of == update)
+            best = s.masked_fill(~of_update, -torch.inf).argmax(1)
+            winner = torch.where((winner < 0) & of_update.any(1), best, winner)
+        return winner
+
+    def _with_matches_first(self, logits: Tensor, s: Tensor) -> Tensor:
+        """Logits with that of the matched slot's class raised above the others, by scale · (s_j − t_j) + 1."""
+        winner = self.deciding(s)
+        c = self.label[winner.clamp(min=0)]
+        excess = s.gather(1, winner.clamp(min=0)[:, None])[:, 0] - self.threshold[winner.clamp(min=0)]
+        raised = logits.amax(1) + self.scale * excess + 1  # (B,)
+        is_overruled = (winner >= 0) & (logits.argmax(1) != c)
+        target = F.one_hot(c, self.num_classes).bool() & is_overruled[:, None]
+        return torch.where(target, raised[:, None], logits)
+
+    @torch.no_grad()
+    def matched(self, h: Tensor) -> Tensor:
+        """Whether some slot matches each sample, bool (N,). One that none matches is unlike all that was memorised."""
+        return torch.cat([(similarities(unit(part), self.W) >= self.threshold).any(1) for part in self._parts(h)])
+
+    @torch.no_grad()
+    def predict(self, h: Tensor) -> Tensor:
+        """Classes (N,): that of the oldest, most similar slot that matches; where none does, of the highest score."""
+        return torch.cat([self._predicted(similarities(unit(part), self.W)) for part in self._parts(h)])
+
+    def _predicted(self, s: Tensor) -> Tensor:
+        winner = self.deciding(s)
+        pooled = self.scores(s).argmax(1)
+        return torch.where(winner >= 0, self.label[winner], pooled) if len(self) else pooled
+
+    def _parts(self, h: Tensor) -> tuple[Tensor, ...]:
+        variants = 1 if h.ndim == 2 else h.shape[1]
+        return h.split(max(1, BLOCK_ELEMENTS // (4 * variants * max(len(self), 1))))
+
+    # How slots come, move and go
+
+    @torch.no_grad()
+    def grow(self, h: Tensor, y: Tensor) -> Growth:
+        """Add slots for the samples of a batch, (B, d) and (B,), that no slot of their class matches.
+
+        Candidates are those samples themselves, each with its threshold on the batch; a greedy cover chooses. One whose
+        features are also those of another class is covered by none. The thresholds of the slots that were there follow
+        a tenth of the way to those of the batch.
+        """
+        z = unit(h)
+        s = similarities(z, self.W)
+        is_new = ~covers(s, y, self.label, self.threshold).any(1)
+        self._follow(thresholds(s, y, self.label, ROUNDING).to(self.threshold.dtype))
+        W, label = self._as_slots(z[is_new]), y[is_new]
+        threshold, (covered,) = calibrated([(z, y)], W, label)
+        chosen, gains = greedy_cover(covered[is_new])
+        self._append(W[chosen], label[chosen], threshold[chosen], covered[:, chosen].sum(0), update=0)
+        return Growth(len(chosen), int(is_new.sum() - gains.sum()))
+
+    def await_batch(self, y: Tensor) -> None:
+        """Have the next forward pass grow first, by its batch, whose labels are y; `growth` then says what it did.
+
+        So the layer grows wherever in a network it stands.
+        """
+        self._awaited = y
+
+    def _follow(self, t: Tensor) -> None:
+        """Move thresholds towards t (S,) where both are finite; one that is infinite takes what there is."""
+        near = torch.where(self.threshold.isinf(), t, self.threshold.lerp(t, FOLLOWS))
+        self.threshold.copy_(torch.where(t.isinf(), self.threshold, near))
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """A plain step of gradient descent for W, whose gradient is then spent."""
+        if self.W.grad is not None:
+            self.W.add_(self.W.grad, alpha=-lr)
+            self.W.grad = None
+
+    @torch.no_grad()
+    def calibrate(self, h: Tensor, y: Tensor) -> Tensor:
+        """Give every slot the threshold that has full precision on these samples; which of them it covers, (N, S)."""
+        threshold, (covered,) = calibrated([(unit(h), y)], self.W, self.label)
+        self.threshold.copy_(threshold)
+        self.hits.copy_(covered.sum(0))
+        return covered
+
+    @torch.no_grad()
+    def prune(self, covered: Tensor, most: int = 5) -> Tensor:
+        """Keep a greedy cover of the samples by slots, without those that gain at most `most`; the kept ones (S',).
+
+        `covered` (N, S) is what `calibrate` returns. Slots keep their order.
+        """
+        chosen, _ = greedy_cover(covered, most + 1)
+        kept = chosen.sort().values.to(self.W.device)
+        self._keep(kept)
+        return kept
+
+    @torch.no_grad()
+    def update(self, h: Tensor, y: Tensor, asked: Tensor, answers: Tensor) -> Tensor:
+        """Add slots for new samples (K, d) whose labels (K,) were asked for; how many of them each new slot gains.
+
+        Which to ask for says `~matched(…)`. h and y are the training samples: thresholds have full precision on them
+        and the new ones together. Slots come in greedy order. No match of an older slot is changed.
+        """
+        z = unit(asked)
+        W = self._as_slots(z)
+        threshold, (_, covered) = calibrated([(unit(h), y), (z, answers)], W, answers)
+        chosen, gains = greedy_cover(covered)
+        update = int(self.update_of.max()) + 1 if len(self) else 1
+        self._append(W[chosen], answers[chosen], threshold[chosen], covered[:, chosen].sum(0), update)
+        return gains
+
+    def fit(
+        self,
+        h: Tensor,
+        y: Tensor,
+        *,
+        epochs: int = 6,
+        batch_size: int = 1000,
+        lr: float = 1.0,
+        prune: int = 5,
+        seed: int = 0,
+    ) -> list[dict[str, float]]:
+        """Train on features (N, d) and labels (N,) as they are; what each epoch did. In the last one nothing grows."""
+        generator, history = torch.Generator().manual_seed(seed), []
+        for epoch in range(epochs):
+            before, added, uncovered = len(self), 0, 0
+            for batch in torch.randperm(len(y), generator=generator).split(batch_size):
+                h_b, y_b = h[batch], y[batch]
+                if epoch < epochs - 1:
+                    growth = self.grow(h_b, y_b)
+                    added, uncovered = added + growth.added, uncovered + growth.uncovered
+                if len(self):
+                    F.cross_entropy(self(h_b), y_b).backward()
+                    self.step(lr)
+            covered = self.calibrate(h, y)
+            self.prune(covered, prune)
+            pruned = before + added - len(self)
+            history.append({"slots": len(self), "added": added, "pruned": pruned, "uncovered": uncovered})
+        return history
+
+    @torch.no_grad()
+    def accuracies(self, h: Tensor, y: Tensor) -> Tensor:
+        """Accuracy of `predict` with none, one, two, … all K slots of the last update, in their order: (K + 1,)."""
+        parts = self._parts(h)
+        labels = y.split(len(parts[0]))
+        correct = [self._correct_by_slots(part, of) for part, of in zip(parts, labels, strict=True)]
+        return torch.stack(correct).sum(0).double() / len(y)
+
+    def _correct_by_slots(self, h: Tensor, y: Tensor) -> Tensor:
+        """How many of these samples are right with so many of the last update's slots, (K + 1,)."""
+        s, last = similarities(unit(h), self.W), self.update_of.max().clamp(min=1)
+        is_new = self.update_of == last
+        older = self.deciding(s.masked_fill(is_new, -torch.inf))
+        before = torch.where(older >= 0, self.label[older], self.scores(s).argmax(1))  # (N,)
+        s_new = s[:, is_new].masked_fill((s < self.threshold)[:, is_new] | (older >= 0)[:, None], -torch.inf)
+        best, first = s_new.cummax(1)  # (N, K): of the first slots that match, the most similar
+        after = torch.where(best.isinf(), before[:, None], self.label[is_new][first])
+        return (torch.cat([before[:, None], after], dim=1) == y[:, None]).sum(0)
+
+    # Housekeeping
+
+    def _as_slots(self, z: Tensor) -> Tensor:
+        """Directions of samples as those of slots: of several variants, the first."""
+        return (z if z.ndim == 2 else z[:, 0]).to(self.W.dtype)
+
+    def _append(self, W: Tensor, label: Tensor, threshold: Tensor, hits: Tensor, update: int) -> None:
+        new = {"label": label, "threshold": threshold, "hits": hits, "update_of": torch.full_like(label, update)}
+        self.W = nn.Parameter(torch.cat([self.W.detach(), W]))
+        for name, values in new.items():
+            setattr(self, name, torch.cat([getattr(self, name), values.to(getattr(self, name))]))
+
+    def _keep(self, kept: Tensor) -> None:
+        self.W = nn.Parameter(self.W.detach()[kept])
+        for name, values in self.named_buffers(recurse=False):
+            setattr(self, name, values[kept])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        for name, mine in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.shape[1:] == mine.shape[1:]:
+                resized = mine.detach().new_empty(value.shape)
+                setattr(self, name, nn.Parameter(resized) if name == "W" else resized)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,312 @@
+"""Slots: each step against a slow independent one, and what they guarantee."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import slots as module
+from slots import NEAREST, ROUNDING, Slots, calibrated, covers, greedy_cover, similarities, thresholds, unit
+
+quick = settings(max_examples=40, deadline=None)
+seeds = st.integers(0, 2**31)
+
+
+def blobs(num, d=6, num_classes=3, spread=0.6, seed=0, label_noise=0.0):
+    """Features that lie around a direction of their class, and labels, some of them wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(num_classes, d, generator=torch.Generator().manual_seed(1))
+    y = torch.randint(num_classes, (num,), generator=generator)
+    h = centres[y] + spread * torch.randn(num, d, generator=generator)
+    wrong = torch.rand(num, generator=generator) < label_noise
+    return h, torch.where(wrong, torch.randint(num_classes, (num,), generator=generator), y)
+
+
+def trained(num=600, prune=2, **options):
+    """Slots after three epochs on blobs, with those samples."""
+    h, y = blobs(num, **options)
+    slots = Slots(h.shape[1], 3)
+    slots.fit(h, y, epochs=3, batch_size=100, lr=0.3, prune=prune)
+    return slots, h, y
+
+
+def by_loops(s, y, label):
+    """Thresholds, from their definition, number by number."""
+    t = []
+    for j, c in enumerate(label.tolist()):
+        others = [s[i, j].item() for i in range(len(y)) if y[i] != c]
+        own = [s[i, j].item() for i in range(len(y)) if y[i] == c and s[i, j].item() > max(others, default=-math.inf)]
+        t.append(min(own, default=math.inf))
+    return t
+
+
+@quick
+@given(st.integers(0, 20), st.integers(0, 8), st.integers(1, 4), seeds)
+def test_thresholds_are_those_of_the_definition(num, num_slots, num_classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    s = torch.randint(-8, 9, (num, num_slots), generator=generator) / 8  # few values, so that many are equal
+    y = torch.randint(num_classes, (num,), generator=generator)
+    label = torch.randint(num_classes, (num_slots,), generator=generator)
+    before = s.clone()
+    assert thresholds(s, y, label).tolist() == by_loops(s, y, label)
+    assert torch.equal(s, before)
+
+
+@quick
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(1, 20), st.integers(1, 3), seeds)
+def test_calibration_has_precision_one_in_whatever_parts_and_blocks(num, num_slots, split, block, seed):
+    z, y = blobs(num, seed=seed % 1000, label_noise=0.2)
+    z, W, label = unit(z), torch.randn(num_slots, 6), torch.arange(num_slots) % 3
+    parts = list(zip(z.split(split), y.split(split), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_ELEMENTS", block * num)
+        t, covered = calibrated(parts, W, label)
+    s = similarities(z, W)
+    assert torch.allclose(t, thresholds(s, y, label, ROUNDING) - ROUNDING / 2, rtol=0, atol=ROUNDING / 4)
+    assert torch.equal(torch.cat(covered), s >= t[None])  # not one of another class reaches a threshold
+    assert torch.equal(torch.cat(covered), covers(s, y, label, t))
+
+
+@quick
+@given(st.integers(0, 40), st.integers(0, 12), st.integers(1, 3), seeds)
+def test_greedy_cover_is_the_one_that_counts_all_gains_anew(num, num_columns, least, seed):
+    generator = torch.Generator().manual_seed(seed)
+    covered = torch.rand(num, num_columns, generator=generator) < 0.3
+    chosen, gains, rest = [], [], covered.clone()
+    while num_columns and int(rest.sum(0).max()) >= least:
+        gains.append(int(rest.sum(0).max()))
+        chosen.append(rest.sum(0).tolist().index(gains[-1]))
+        rest[covered[:, chosen[-1]]] = False
+    found, found_gains = greedy_cover(covered, least)
+    assert (found.tolist(), found_gains.tolist()) == (chosen, gains)
+
+
+def test_greedy_cover_is_within_a_fifth_of_the_smallest_one():
+    z, y = blobs(1000, seed=3, label_noise=0.05)
+    z = unit(z)
+    _, (covered,) = calibrated([(z, y)], z, y)
+    constraint = LinearConstraint(csr_array(covered.numpy().astype(float)), lb=1)  # every sample by some slot
+    ones = np.ones(1000)
+    smallest = milp(ones, constraints=constraint, integrality=ones, bounds=Bounds(0, 1))
+    chosen, gains = greedy_cover(covered)
+    assert smallest.success and gains.sum() == 1000
+    assert len(chosen) <= 1.2 * smallest.fun
+    assert len(chosen) > 1  # else there would be nothing to choose
+
+
+def test_greedy_cover_of_a_large_set_takes_seconds():
+    covered = torch.zeros(60_000, 1800, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for j, start in enumerate(torch.randint(59_000, (1800,), generator=generator).tolist()):
+        covered[start : start + 1 + j // 9, j] = True
+    start = time.process_time()
+    chosen, gains = greedy_cover(covered)
+    assert time.process_time() - start < 10  # of CPU time: about 1 on one core of 2025
+    assert gains.sum() == covered.any(1).sum() and len(chosen) > 500
+
+
+@quick
+@given(st.integers(1, 5), st.integers(0, 12), st.sampled_from(["softmax", "max"]), st.floats(0.5, 200), seeds)
+def test_scores_are_pooled_class_by_class(num, num_slots, pool, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    slots = Slots(4, 3, scale, pool)
+    W, label = torch.randn(num_slots, 4, generator=generator), torch.randint(3, (num_slots,), generator=generator)
+    slots._append(W, label, torch.zeros(num_slots), label, update=0)
+    s = similarities(unit(torch.randn(num, 4, generator=generator)), W)
+    expected = []
+    for row in s.double():
+        expected.append([])
+        for c in range(3):
+            of_class = [v for v, name in zip(row.tolist(), label.tolist(), strict=True) if name == c]
+            weights = [math.exp(scale * (v - max(of_class))) for v in of_class]
+            soft = sum(w * v for w, v in zip(weights, of_class, strict=True)) / sum(weights) if of_class else NEAREST
+            expected[-1].append(max(of_class, default=NEAREST) if pool == "max" else soft)
+    assert torch.allclose(slots.scores(s).double(), torch.tensor(expected).double(), atol=1e-5)  # float32, scale 200
+
+
+def test_the_most_similar_variant_counts():
+    z, W = unit(torch.randn(5, 3, 4)), torch.randn(2, 4)
+    each = torch.stack([similarities(z[:, v], W) for v in range(3)])
+    assert torch.allclose(similarities(z, W), each.amax(0), atol=1e-6)
+    slots = Slots(4, 2)
+    y = torch.tensor([0, 1, 0, 1, 1])
+    slots.grow(z, y)
+    assert torch.equal(slots.predict(z), y)  # each is memorised by its first variant
+    assert slots(z).shape == (5, 2)
+
+
+@quick
+@given(st.integers(1, 60), st.integers(1, 20), seeds)
+def test_growth_covers_every_sample_and_makes_no_more_slots_than_samples(num, batch_size, seed):
+    h, y = blobs(num, seed=seed % 1000, label_noise=0.3)
+    slots = Slots(6, 3)
+    for h_b, y_b in zip(h.split(batch_size), y.split(batch_size), strict=True):
+        before = len(slots)
+        growth = slots.grow(h_b, y_b)
+        assert len(slots) == before + growth.added <= num and growth.uncovered == 0
+        now = covers(similarities(unit(h_b), slots.W[before:]), y_b, slots.label[before:], slots.threshold[before:])
+        assert growth.added == 0 or now.any(0).all()  # every new slot is there for somebody
+    slots.calibrate(h, y)
+    s = similarities(unit(h), slots.W)
+    matched = s >= slots.threshold
+    assert torch.equal(matched, matched & (y[:, None] == slots.label))  # exact precision, of every slot
+    assert torch.equal(slots.hits, matched.sum(0))
+    assert torch.equal(slots.predict(h)[slots.matched(h)], y[slots.matched(h)])
+    assert torch.equal(slots.matched(h), torch.cat([slots.matched(one) for one in h.split(1)]))  # in batches of one
+
+
+def test_a_sample_that_is_also_one_of_another_class_stays_uncovered():
+    h = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
+    slots = Slots(2, 2)
+    assert slots.grow(h, torch.tensor([0, 1, 1])) == (1, 2)
+    assert slots.label.tolist() == [1]
+    assert slots.matched(h).tolist() == [False, False, True]
+
+
+def test_it_grows_in_the_forward_pass_of_a_batch_whose_labels_it_awaits():
+    (h, y), slots, other = blobs(50), Slots(6, 3), Slots(6, 3)
+    network = torch.nn.Sequential(torch.nn.Identity(), slots)
+    slots.await_batch(y)
+    logits = network(h)
+    assert slots.growth == other.grow(h, y) and torch.equal(logits, other(h)) and logits.requires_grad
+    network(h)
+    assert len(slots) == len(other)  # once
+
+
+def test_thresholds_follow_those_of_a_batch():
+    slots = Slots(2, 2)
+    slots._append(torch.eye(2), torch.tensor([0, 1]), torch.tensor([0.5, torch.inf]), torch.tensor([1, 1]), update=0)
+    slots.grow(torch.tensor([[1.0, 0.0], [0.8, 0.6]]), torch.tensor([0, 0]))
+    assert slots.threshold[0].item() == pytest.approx(0.9 * 0.5 + 0.1 * 0.8)
+    assert slots.threshold[1].item() == math.inf  # no sample of its class: it stays as it is
+    slots.grow(torch.tensor([[0.6, 0.8]]), torch.tensor([1]))
+    assert slots.threshold[1].item() == pytest.approx(0.8)
+
+
+def test_a_step_is_one_of_plain_gradient_descent():
+    slots, h, y = trained(100)
+    W = torch.nn.Parameter(slots.W.detach().clone())
+    F.cross_entropy(slots(h), y).backward()
+    W.grad = slots.W.grad.clone()
+    torch.optim.SGD([W], lr=0.7).step()
+    slots.step(0.7)
+    assert torch.equal(slots.W, W) and slots.W.grad is None
+
+
+def test_pruning_keeps_a_cover_and_drops_what_gains_little():
+    slots, h, y = trained(prune=0)
+    whole, other = len(slots), Slots(6, 3)
+    other.load_state_dict(slots.state_dict())
+    covered = slots.calibrate(h, y)
+    kept = slots.prune(covered, 0)
+    assert torch.equal(covered[:, kept].any(1), covered.any(1))
+    assert len(slots) == len(kept) <= whole and torch.equal(slots.W, other.W[kept])
+    kept = other.prune(other.calibrate(h, y), 20)
+    assert 0 < len(other) < len(slots)
+    _, gains = greedy_cover(covered)
+    assert len(kept) == (gains > 20).sum()
+
+
+def test_a_state_dict_resizes_what_reads_it():
+    slots, h, _ = trained()
+    other = torch.nn.Sequential(Slots(6, 3))
+    other.load_state_dict({f"0.{name}": value for name, value in slots.state_dict().items()})
+    assert torch.equal(other[0](h), slots(h)) and other[0].W.requires_grad
+    slots.load_state_dict(Slots(6, 3).state_dict())
+    assert len(slots) == 0 and torch.equal(slots(h), torch.full((len(h), 3), 30 * NEAREST))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        slots.load_state_dict(Slots(5, 3).state_dict())
+
+
+def test_an_update_changes_no_prediction_of_an_old_match():
+    slots, h, y = trained()
+    new, answers = blobs(500, spread=1.5, seed=7, label_noise=0.1)
+    seen, _ = blobs(2000, spread=1.5, seed=8)
+    for _ in range(2):  # an update upon an update
+        before, matched = slots.predict(seen), slots.matched(seen)
+        unmatched = ~slots.matched(new)
+        old = slots.state_dict()
+        gains = slots.update(h, y, new[unmatched], answers[unmatched])
+        assert 0 < len(gains) <= unmatched.sum()
+        after = slots.predict(seen)
+        assert torch.equal(after[matched], before[matched]) and not torch.equal(after, before)
+        assert torch.equal(slots(seen).argmax(1), after)  # the network says what `predict` does
+        assert all(torch.equal(slots.state_dict()[name][: len(value)], value) for name, value in old.items())
+        assert torch.equal(slots.predict(new[unmatched]), answers[unmatched])
+        new, answers = blobs(500, spread=2.5, seed=9, label_noise=0.1)
+
+
+def test_slots_of_an_update_have_precision_one_on_training_samples_and_new_ones_together():
+    slots, h, y = trained()
+    new, answers = blobs(400, spread=1.5, seed=7, label_noise=0.1)
+    unmatched = ~slots.matched(new)
+    slots.update(h, y, new[unmatched], answers[unmatched])
+    both, labels = torch.cat([h, new[unmatched]]), torch.cat([y, answers[unmatched]])
+    is_new = slots.update_of == 1
+    matched = (similarities(unit(both), slots.W) >= slots.threshold)[:, is_new]
+    assert is_new.any() and matched.any(0).all()
+    assert (slots.label[is_new] == labels[:, None])[matched].all()
+
+
+def test_accuracies_are_those_of_networks_with_fewer_slots():
+    slots, h, y = trained()
+    new, answers = blobs(300, spread=1.5, seed=7)
+    seen, labels = blobs(500, spread=1.5, seed=8)
+    assert slots.accuracies(seen, labels).tolist() == [(slots.predict(seen) == labels).double().mean().item()]
+    unmatched, old = ~slots.matched(new), len(slots)
+    slots.update(h, y, new[unmatched], answers[unmatched])
+    curve = slots.accuracies(seen, labels)
+    fewer = Slots(6, 3)
+    for k in range(len(slots) - old + 1):
+        fewer.load_state_dict({name: value[: old + k] for name, value in slots.state_dict().items()})
+        assert curve[k].item() == (fewer.predict(seen) == labels).double().mean().item()
+
+
+def test_training_repeats_bit_for_bit_and_learns():
+    slots, h, y = trained(2000, spread=0.8)
+    again, *_ = trained(2000, spread=0.8)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in slots.state_dict().items())
+    seen, labels = blobs(2000, spread=0.8, seed=1)
+    nearest = F.normalize(h) @ F.normalize(seen).T
+    accuracy = (slots.predict(seen) == labels).double().mean()
+    assert (
+        accuracy > (y[nearest.argmax(0)] == labels).double().mean()
+    )  # better than the nearest training sample's class
+    assert len(slots) < 500
+
+
+class Largest(TorchDispatchMode):
+    """The size in bytes of the largest tensor that is made inside."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.nbytes = max(self.nbytes, tensor.nbytes)
+        return out
+
+
+def test_nothing_is_as_large_as_all_similarities(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2**14)
+    h, y = blobs(4000)
+    slots = Slots(6, 3)
+    slots._append(h[:400], y[:400], torch.ones(400), y[:400], update=0)
+    with Largest() as largest:
+        slots.prune(slots.calibrate(h, y))
+    assert largest.nbytes <= 4000 * 400  # which slot matches which sample: a byte each, for float32 it would be four
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"pool": "mean"}, "'mean' is no way"), ({"scale": 0}, "above 0")])
+def test_what_makes_no_sense_is_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        Slots(4, 3, **options)
