@@ -26,7 +26,7 @@ from run.seeds import seed_from
 from run.trainer import use_threads
 
 OF_NETWORKS = ("widths", "nonlinearity", "batch_norm", "stem", "head", "augmax", "branches", "norm", "first_conv",
-               "topk", "tau")  # fmt: skip
+               "topk", "tau", "slot_scale", "slot_pool")  # fmt: skip
 ALIKE = (
     "model",
     *(name for name in OF_NETWORKS if name not in ("stem", "tau")),
@@ -87,6 +87,10 @@ class Classifier(LightningModule):
         first_conv: str = "plain",
         topk: int = 1,
         tau: str = "1:0.1",
+        slot_scale: float = 30.0,
+        slot_pool: str = "softmax",
+        slot_lr: float = 20.0,
+        slot_prune: int = 5,
         loss: str = "cross-entropy",
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
@@ -159,8 +163,9 @@ class Classifier(LightningModule):
         other = sorted(name for name in before.keys() & hparams.keys() if before[name] != hparams[name])
         if other:
             raise UserError(f"{path} is of another run than hparams.yaml beside it: they differ in {', '.join(other)}")
-        shapes = {name: value.shape for name, value in self.state_dict().items()}
-        if {name: getattr(value, "shape", None) for name, value in content["state_dict"].items()} != shapes:
+        shapes, growing = fixed_shapes(self), set(content["state_dict"]) & growing_names(self)
+        theirs = {name: getattr(v, "shape", None) for name, v in content["state_dict"].items() if name not in growing}
+        if theirs != shapes:
             raise UserError(f"{path} holds another network than it says")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,10 +251,11 @@ class Classifier(LightningModule):
     def _parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All trainable parameters, those with a rate of their own apart."""
         groups = {"all": [], "norm_biases": [], "whitening": []}
+        growing = growing_names(self.network)  # take their own steps
         norms = tuple(name for name, part in self.network.named_modules() if isinstance(part, nn.BatchNorm2d))
         for name, parameter in self.network.named_parameters():
             owner = name.rpartition(".")[0]
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or name in growing:
                 continue
             if owner.partition(".")[0] == "whitening":
                 groups["whitening"].append(parameter)
@@ -257,7 +263,7 @@ class Classifier(LightningModule):
                 groups["norm_biases"].append(parameter)
             else:
                 groups["all"].append(parameter)
-        return {name: params for name, params in groups.items() if params}
+        return {name: params for name, params in groups.items() if params} or {"all": []}
 
     def _count(self, split: str, logits: Tensor, y: Tensor, loss: Tensor) -> None:
         # Kept as they are until the epoch ends: a sum per step would cost more calls and, on a GPU, syncs.
@@ -305,7 +311,12 @@ class Classifier(LightningModule):
         """Move slow weights a little towards the fast ones, and the fast ones onto them; at the end keep the slow."""
         done = self.global_step / self.trainer.estimated_stepping_batches
         weight = 0.0 if self._is_last_step() else 1 - LOOKAHEAD_DECAY**LOOKAHEAD_STEPS * done**3
-        state = {name: value for name, value in self.network.state_dict().items() if value.is_floating_point()}
+        growing = growing_names(self.network)
+        state = {
+            name: value
+            for name, value in self.network.state_dict().items()
+            if value.is_floating_point() and name not in growing
+        }
         for name, fast in state.items():
             slow = self._slow_weights.setdefault(name, fast.clone())
             slow.lerp_(fast, weight)
@@ -360,7 +371,7 @@ class SavedNetworks(Sequence[Classifier]):
     @staticmethod
     def _refuse_other(first: Classifier, other: Classifier) -> None:
         differing = [name for name in ALIKE if first.hparams[name] != other.hparams[name]]
-        shapes = [{name: value.shape for name, value in module.state_dict().items()} for module in (first, other)]
+        shapes = [fixed_shapes(module) for module in (first, other)]
         if not differing and shapes[0] != shapes[1]:
             differing = ["the shapes of their weights"]
         if differing:
@@ -368,6 +379,22 @@ class SavedNetworks(Sequence[Classifier]):
                 f"{other.source} is no network like {first.source}: they differ in {', '.join(differing)}; measure "
                 "them one by one"
             )
+
+
+def growing_names(module: nn.Module) -> set[str]:
+    """The names, in its state dict, of what grows: of no fixed size, and not the optimizer's."""
+    return {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, layer in module.named_modules()
+        if hasattr(layer, "await_batch")
+        for name in layer.state_dict()
+    }
+
+
+def fixed_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes in its state dict, without what grows."""
+    growing = growing_names(module)
+    return {name: value.shape for name, value in module.state_dict().items() if name not in growing}
 
 
 def new_classifier(flags: Mapping[str, Any], data: Data) -> Classifier:

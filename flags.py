@@ -23,6 +23,7 @@ from run.presets import (
     NORMS,
     OPTIMIZERS,
     POOLED,
+    POOLS,
     PRECISIONS,
     SCHEDULES,
     STRATEGIES,
@@ -52,6 +53,7 @@ from run.values import (
 )  # fmt: skip
 
 MAX_NAME = 255  # bytes in a file's name
+SLOT_PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 FIRST_CHANNELS = 120  # of the networks that choose among them
 OF_MODELS = {  # flags that only these networks have
     "widths": ("-w/--widths", ("MLP",)),
@@ -73,17 +75,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _build_parser()
     if {"-h", "--help"} & set(argv):
         chosen, _ = _selection().parse_known_args(argv)
-        parser.set_defaults(**DEFAULTS | preset(chosen.model, chosen.dataset))
+        parser.set_defaults(**DEFAULTS | preset(chosen.model, chosen.dataset, chosen.head, chosen.widths))
     given = vars(parser.parse_args(argv))
     stored = stored_flags(parser, given)
     chosen = DEFAULTS | stored | given
-    flags = merged(DEFAULTS, preset(chosen["model"], chosen["dataset"]), stored, given)
+    flags = merged(
+        DEFAULTS, preset(chosen["model"], chosen["dataset"], chosen["head"], chosen["widths"]), stored, given
+    )
     if "measure_every" in given and "measure_at" not in given:
         flags["measure_at"] = None  # the preset's epochs give way to the user's
     if "layers" in stored | given and "dib_layers" not in stored | given:
         flags["dib_layers"] = None  # and so do its layers
     if flags["head"] == "prototypes" and flags["dib_layers"] and "dib_layers" not in stored | given:
         flags["dib_layers"] = [layer for layer in flags["dib_layers"] if layer != POOLED.get(flags["model"])]
+    if flags["head"] == "slots" and "dib" not in stored | given:
+        flags["dib"] = False  # its decoders end in a head of their own, which would have no slots
     if flags["loss"] != "cross-entropy" and "label_smoothing" not in stored | given:
         flags["label_smoothing"] = 0.0  # and its smoothing, which is one of the cross-entropy
     _refuse_bad_combinations(parser, given, flags)
@@ -97,6 +103,8 @@ def _selection() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-m", "--model", default=DEFAULTS["model"])
     parser.add_argument("-d", "--dataset", default=DEFAULTS["dataset"])
+    parser.add_argument("-w", "--widths", nargs="*")
+    parser.add_argument("--head", default=DEFAULTS["head"])
     return parser
 
 
@@ -169,14 +177,21 @@ def _add_data(parser: Parser) -> None:
 def _add_network(parser: Parser) -> None:
     add = parser.add_argument_group("network").add_argument
     add("-m", "--model", choices=MODELS, help="architecture")
-    add("-w", "--widths", type=number(int, 1), nargs="+", metavar="N", help="MLP: widths of the hidden layers")
+    add("-w", "--widths", type=number(int, 1), nargs="*", metavar="N",
+        help="MLP: widths of the hidden layers; without any the head works on the raw input")
     add("-nl", "--nonlinearity", choices=NONLINEARITIES, help="MLP: non-linearity of the hidden layers")
     add("--batch-norm", action=argparse.BooleanOptionalAction, help="MLP: batch norm before the non-linearity")
     add("--stem", choices=("small", "imagenet"),
         help="ResNet, ConvNeXt: first layers that keep the resolution, or torchvision's (else small up to 64 × 64)")
     add("--head", choices=HEADS,
         help="what makes the logits; prototypes: means of parts of the last feature map, and for each class their soft "
-        "maximum")
+        "maximum; slots: features memorised in training, each with the threshold at which it makes no mistake there")
+    add("--slot-scale", type=number(float, 0, MAX_SCALE, open_low=True), metavar="X",
+        help="slots: inverse temperature of the soft maximum over a class's slots, and factor of the logits")
+    add("--slot-lr", type=rate(), metavar="RATE", help="slots: learning rate of their plain gradient descent")
+    add("--slot-prune", type=number(int, 0), metavar="N",
+        help="slots: after every epoch, drop those that add at most N training samples to a greedy cover")
+    add("--slot-pool", choices=POOLS, help="slots: a class's score is the soft maximum or the maximum of its slots")
     names = ", ".join(WHITE_BOXES)
     add("--augmax", type=transform, nargs="+", metavar="TRANSFORM",
         help=f"{names}: units are the largest over copies of the image: flip, rot15 (by ±15 degrees)")
@@ -264,6 +279,34 @@ def _names_a_folder(name: str) -> bool:
     return Path(name).name == name and name not in ("", ".", "..") and len(name.encode()) <= MAX_NAME
 
 
+def _refuse_what_slots_lack(parser: Parser, given: dict, flags: dict) -> None:
+    """A layer that grows is trained on one device, in numbers that tell similarities apart, and is never compiled."""
+    error = parser.error
+    if flags["head"] != "slots":
+        for name in ("slot_scale", "slot_lr", "slot_prune", "slot_pool"):
+            if name in given:
+                error(f"argument --{name.replace('_', '-')}: is for --head slots, and the head is {flags['head']}")
+        return
+    if flags["dib"]:
+        error("argument --dib: a fresh decoder would have no slots: not allowed with --head slots")
+    if flags["measure"]:
+        return
+    if flags["devices"] * flags["num_nodes"] > 1:
+        error("argument --devices: --head slots grows on one device alone")
+    if flags["precision"] not in SLOT_PRECISIONS:
+        error(f"argument --precision: for --head slots it is one of {', '.join(SLOT_PRECISIONS)}: thresholds need them")
+    if flags["compile"]:
+        error("argument --compile: not allowed with --head slots, whose size changes in every step")
+    if flags["loss"] != "cross-entropy":
+        error("argument --loss: only cross-entropy is allowed with --head slots, whose logits are no targets")
+    if flags["epochs"] < 2:
+        error("argument -e/--epochs: --head slots needs at least 2: in the last one nothing grows")
+    if flags["lr_range_test"] and flags["model"] == "MLP" and not flags["widths"]:
+        error(
+            "argument --lr-range-test: without -w/--widths --head slots has no layer of this rate: slots have --slot-lr"
+        )
+
+
 def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
     error = parser.error
     dataset, model = flags["dataset"], flags["model"]
@@ -278,6 +321,7 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
     for name, (flag, models) in OF_MODELS.items():
         if name in given and model not in models:
             error(f"argument {flag}: is for {' and '.join(f'-m {other}' for other in models)}; {model} has none")
+    _refuse_what_slots_lack(parser, given, flags)
     if flags["augmax"] and len(set(flags["augmax"])) < len(flags["augmax"]):
         error("argument --augmax: a transform comes twice")
     if "learning_rate" in given and "lr_range_test" in given:

@@ -5,7 +5,7 @@ Letters: B batch, C channels of an image, H × W its size, d dimension of a laye
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,6 +16,7 @@ from torchvision.models.convnext import CNBlock
 
 from blocks import Network, child_names, dimensions, evaluating, expand, image_shape, named
 from run.errors import UserError
+from slots import Slots
 from whitebox import Prototypes
 from whitebox_networks import Directions, DisjConj, Gumbel, Positive
 
@@ -198,7 +199,7 @@ NETWORKS = {
     "Gumbel": Gumbel,
     "Positive": Positive,
 }
-HEADS = ("linear", "prototypes")
+HEADS = ("linear", "prototypes", "slots")
 
 
 def chosen_stem(stem: str | None, shape: tuple[int, ...]) -> str:
@@ -309,22 +310,31 @@ def batch_norm_without_scale(channels: int) -> nn.BatchNorm2d:
 
 
 def build_network(
-    model: str, shape: Sequence[int], num_classes: int, head: str = "linear", **options: object
+    model: str,
+    shape: Sequence[int],
+    num_classes: int,
+    head: str = "linear",
+    slot_scale: float = 30.0,
+    slot_pool: str = "softmax",
+    **options: object,
 ) -> Network:
     """The network of that name with that head; of the options it takes those that it knows."""
     kind = NETWORKS[model]
     known = inspect.signature(kind).parameters
     network = kind(tuple(shape), num_classes, **{name: value for name, value in options.items() if name in known})
     if head == "prototypes":
-        network.put_head(Prototypes(channels_before_head(network, shape), num_classes), on_map=True)
+        channels = width_before(network, shape, (*network.pooling, *network.readout))
+        network.put_head(Prototypes(channels, num_classes), on_map=True)
+    elif head == "slots":
+        network.put_head(Slots(width_before(network, shape, network.readout), num_classes, slot_scale, slot_pool))
     elif head != "linear":
         raise UserError(f"--head {head!r} is not a known head; choose one of {', '.join(HEADS)}.")
     return network
 
 
-def channels_before_head(network: Network, shape: Sequence[int]) -> int:
-    """Channels of the last feature map, or the dimension of the vector where there is none."""
-    rest = [name for name in network.sequence if name not in (*network.pooling, *network.readout)]
+def width_before(network: Network, shape: Sequence[int], blocks: Collection[str]) -> int:
+    """Channels of the feature map, or the dimension of the vector, that these last blocks get."""
+    rest = [name for name in network.sequence if name not in blocks]
     x = next(network.parameters()).new_zeros(2, *shape)
     with torch.no_grad(), evaluating(network):
         for name in rest:

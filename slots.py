@@ -198,7 +198,7 @@ class Slots(nn.Module):
         if self._awaited is not None:
             self.growth, self._awaited = self.grow(h.detach(), self._awaited), None
         s = similarities(unit(h), self.W)
-        logits = self.scale * self.scores(s)
+        logits = self.scale * self.scores(s) + (0 if len(self) else self.W.sum())  # a gradient, though it is none
         return self._with_matches_first(logits, s) if self.update_of.any() else logits
 
     def scores(self, s: Tensor) -> Tensor:

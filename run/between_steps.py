@@ -1,7 +1,10 @@
-"""What some layers need between the steps of training: weights put back in bounds, a temperature that falls."""
+"""What some layers need between the steps of training: weights in bounds, a temperature that falls, slots that come."""
 
+from typing import Any
+
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 
 class Constrain(Callback):
@@ -24,6 +27,75 @@ class Anneal(Callback):
             layer.tau.fill_(self.first * (self.last / self.first) ** min(done, 1.0))
 
 
+class Grow(Callback):
+    """Trains the layer of slots that a network ends with: it grows, takes its own steps, and is pruned.
+
+    It grows in every batch, but not in the last epoch; before each test every slot gets its threshold on the whole
+    training set, and a cover of it is kept. `values` hold the number of slots, in all and of each class, how many were
+    added and pruned, and which share of the training samples has a slot of its class that matches.
+    """
+
+    def __init__(self, layer: Any, lr: float, prune: int) -> None:
+        self.layer, self.lr, self.prune = layer, lr, prune
+        self.values: dict[str, float] = {}
+
+    def line(self) -> str:
+        """What the terminal shows below the line of an epoch."""
+        if "slots/added" not in self.values:
+            return ""
+        num, added, pruned = (int(self.values[f"slots/{name}"]) for name in ("num", "added", "pruned"))
+        return (
+            f"slots {num:,} (+{added:,}, -{pruned:,}), {self.values['slots/covered']:.2%} of the training set covered"
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            self.values = self._counts()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before, self._added, self._uncovered = len(self.layer), 0, 0
+        self._grows = trainer.current_epoch + 1 != trainer.max_epochs
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._grows:
+            self.layer.await_batch(batch[1])
+
+    def on_train_batch_end(self, *_: object) -> None:
+        if self._grows:
+            self._added += self.layer.growth.added
+            self._uncovered += self.layer.growth.uncovered
+        self.layer.step(self.lr)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        covered = self.layer.calibrate(*features_and_labels(trainer, pl_module, "train"))
+        kept = self.layer.prune(covered, self.prune)
+        share = float(covered[:, kept].any(1).double().mean())
+        pruned = self._before + self._added - len(self.layer)
+        self.values = self._counts() | {
+            "slots/added": self._added,
+            "slots/pruned": pruned,
+            "slots/uncovered": self._uncovered,
+            "slots/covered": share,
+        }
+
+    def _counts(self) -> dict[str, float]:
+        by_class = {f"slots/num/class{c}": num for c, num in enumerate(self.layer.counts.tolist())}
+        return {"slots/num": len(self.layer)} | by_class
+
+
+def features_and_labels(trainer: Trainer, pl_module: LightningModule, split: str) -> tuple[Tensor, Tensor]:
+    """What the last measured layer makes of a set, (N, d), as the network is, and the labels."""
+    network, precision = pl_module.network, trainer.precision_plugin
+    features, labels = [], []
+    with torch.no_grad(), precision.forward_context():
+        for x, y in trainer.datamodule.in_order(split):
+            features.append(network.feature_extractor(precision.convert_input(x))[network.layers[-1]].flatten(1))
+            labels.append(y)
+    return torch.cat(features), torch.cat(labels)
+
+
 def between_steps(module: LightningModule) -> list[Callback]:
     """The callbacks that a network's layers need."""
     callbacks: list[Callback] = []
@@ -32,6 +104,8 @@ def between_steps(module: LightningModule) -> list[Callback]:
     if layers_with("tau", module):
         first, last = map(float, module.hparams.tau.split(":"))
         callbacks.append(Anneal(first, last))
+    for layer in layers_with("await_batch", module):
+        callbacks.append(Grow(layer, module.hparams.slot_lr, module.hparams.slot_prune))
     return callbacks
 
 

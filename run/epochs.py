@@ -26,6 +26,8 @@ def why_of_one_length(args: argparse.Namespace, planned: int, done: int) -> str:
         return f"--schedule {args.schedule} spreads the learning rate over all of them"
     if args.warmup > 0:
         return "--warmup is a share of all of them"
+    if args.head == "slots":
+        return "--head slots grows in all of them but the last"
     if args.lookahead:
         return "--lookahead averages by the share of them that is done"
     plans = (argparse.Namespace(**vars(args) | {"epochs": epochs}) for epochs in (planned, args.epochs))

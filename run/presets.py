@@ -5,6 +5,7 @@ run may change.
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 from run.catalogue import MEASURES
@@ -18,7 +19,8 @@ LOSSES = ("cross-entropy", "mse")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
-HEADS = ("linear", "prototypes")
+HEADS = ("linear", "prototypes", "slots")
+POOLS = ("softmax", "max")
 NORMS = ("batch", "iternorm", "percentile")
 FIRST_CONVS = ("plain", "scaled", "perspective", "projective")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
@@ -70,6 +72,10 @@ DEFAULTS = {
     "first_conv": "plain",
     "topk": 1,
     "tau": "1:0.1",
+    "slot_scale": 30.0,
+    "slot_lr": 20.0,
+    "slot_prune": 5,
+    "slot_pool": "softmax",
     # optimisation
     "epochs": 20,
     "batch_size": 256,
@@ -176,6 +182,9 @@ PRESETS = {
     },
 }
 
+# With --head slots on the raw input, where nothing else is trained.
+SLOTS_ALONE = {"epochs": 6, "batch_size": 1000, "augment": False}
+
 # Measured layers that pool a feature map: gone where the head works on the map.
 POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
 
@@ -189,9 +198,11 @@ OF_SEVERAL = ("tag", "seed", "classes", "widths", "augmax", "betas", "measure_at
               *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip
 
 
-def preset(model: str, dataset: str) -> dict:
-    """The flags that the preset of a model on a dataset sets."""
-    return PRESETS.get((model, dataset), PRESETS.get((model,), {}))
+def preset(model: str, dataset: str, head: str = "linear", widths: Sequence[object] | None = None) -> dict:
+    """The flags that the preset of a model on a dataset sets; `widths` as they are given."""
+    flags = PRESETS.get((model, dataset), PRESETS.get((model,), {}))
+    is_raw = model == "MLP" and head == "slots" and widths is not None and len(widths) == 0
+    return flags | SLOTS_ALONE if is_raw else flags
 
 
 def merged(*levels: dict[str, Any]) -> dict[str, Any]:

@@ -71,10 +71,16 @@ def new_strategy(args: Namespace) -> Strategy | str:
 def use_threads(flags: Mapping[str, Any], network: nn.Module) -> None:
     """Have torch compute with `--threads`. Without: a small network with one, others with all, shared by processes.
 
+    One that grows is not small.
+
     To be called before anything is computed, as the last digits of sums depend on it.
     """
     num = flags["threads"]
-    if num is None and sum(parameter.numel() for parameter in network.parameters()) < SMALL:
+    if (
+        num is None
+        and flags.get("head") != "slots"
+        and sum(parameter.numel() for parameter in network.parameters()) < SMALL
+    ):
         num = 1
     elif num is None:
         shares = 1 if "OMP_NUM_THREADS" in os.environ else flags["devices"]
