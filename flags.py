@@ -90,6 +90,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags["dib_layers"] = [layer for layer in flags["dib_layers"] if layer != POOLED.get(flags["model"])]
     if flags["head"] == "slots" and "dib" not in stored | given:
         flags["dib"] = False  # its decoders end in a head of their own, which would have no slots
+    if flags["head"] == "slots" and "slots" not in stored | given:
+        flags["slots"] = True
     if flags["loss"] != "cross-entropy" and "label_smoothing" not in stored | given:
         flags["label_smoothing"] = 0.0  # and its smoothing, which is one of the cross-entropy
     _refuse_bad_combinations(parser, given, flags)
@@ -191,6 +193,10 @@ def _add_network(parser: Parser) -> None:
     add("--slot-lr", type=rate(), metavar="RATE", help="slots: learning rate of their plain gradient descent")
     add("--slot-prune", type=number(int, 0), metavar="N",
         help="slots: after every epoch, drop those that add at most N training samples to a greedy cover")
+    add("--slot-update", action=argparse.BooleanOptionalAction,
+        help="slots: afterwards, label what none matches of half of the test set, and add slots for it")
+    add("--target-acc", type=number(float, 0, 1), metavar="ACC",
+        help="--slot-update: also find the fewest slots and labels for this accuracy")
     add("--slot-pool", choices=POOLS, help="slots: a class's score is the soft maximum or the maximum of its slots")
     names = ", ".join(WHITE_BOXES)
     add("--augmax", type=transform, nargs="+", metavar="TRANSFORM",
@@ -283,16 +289,22 @@ def _refuse_what_slots_lack(parser: Parser, given: dict, flags: dict) -> None:
     """A layer that grows is trained on one device, in numbers that tell similarities apart, and is never compiled."""
     error = parser.error
     if flags["head"] != "slots":
-        for name in ("slot_scale", "slot_lr", "slot_prune", "slot_pool"):
+        if flags["slots"] and not flags["measure"]:
+            error(f"argument --slots: is for --head slots, and the head is {flags['head']}")
+        for name in ("slot_scale", "slot_lr", "slot_prune", "slot_pool", "slot_update", "target_acc"):
             if name in given:
                 error(f"argument --{name.replace('_', '-')}: is for --head slots, and the head is {flags['head']}")
         return
+    if flags["target_acc"] is not None and not flags["slot_update"]:
+        error("argument --target-acc: belongs to --slot-update, which is not asked for")
+    if flags["slot_update"] and len(flags["measure"] or ()) > 1:
+        error("argument --slot-update: takes one checkpoint of --measure at a time")
     if flags["dib"]:
         error("argument --dib: a fresh decoder would have no slots: not allowed with --head slots")
+    if flags["devices"] * flags["num_nodes"] > 1:
+        error("argument --devices: --head slots grows, and is measured, on one device alone")
     if flags["measure"]:
         return
-    if flags["devices"] * flags["num_nodes"] > 1:
-        error("argument --devices: --head slots grows on one device alone")
     if flags["precision"] not in SLOT_PRECISIONS:
         error(f"argument --precision: for --head slots it is one of {', '.join(SLOT_PRECISIONS)}: thresholds need them")
     if flags["compile"]:

@@ -17,6 +17,7 @@ from run.turns import turn
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from pathlib import Path
 
     from lightning.pytorch import Trainer
 
@@ -89,6 +90,7 @@ def train(args: Namespace) -> None:
             if folder.before.get("epochs") != args.epochs:
                 write_hparams()
             conclude(args, record, layers, console)
+            update_slots(args, data, folder.checkpoint, folder, console)
             return
         if not folder.checkpoint:
             write_hparams()
@@ -103,6 +105,7 @@ def train(args: Namespace) -> None:
         trainer = new_trainer(args, callbacks=callbacks, num_sanity_val_steps=0 if folder.checkpoint else -1)
         trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint)
         conclude(args, record, layers, console)
+        update_slots(args, data, folder.path / "checkpoints/last.ckpt", folder, console)
 
 
 def measure(args: Namespace) -> None:
@@ -149,6 +152,25 @@ def measure(args: Namespace) -> None:
             together = [measure.average_now(trainer, networks.on(trainer), folder.arrays) for measure in measures]
             record.write_average(trainer, {name: value for values in together for name, value in values.items()})
         conclude(args, record, layers, console)
+        update_slots(args, data, networks.paths[0], folder, console)
+
+
+def update_slots(args: Namespace, data: Data, source: str | Path, folder: RunFolder, console: Console) -> None:
+    """With `--slot-update`, give the network in a checkpoint slots for half of the test set."""
+    if not args.slot_update:
+        return
+    from classifier import Classifier
+    from run.checkpoints import read_checkpoint
+    from run.slot_update import update_from
+    from run.trainer import new_trainer
+
+    content, dataset = read_checkpoint(source), data.dataset
+    module = Classifier.from_checkpoint(
+        content, str(source), dataset.shape, dataset.num_classes, args.precision == "64-true"
+    )
+    trainer = new_trainer(args)
+    trainer.validate(module, datamodule=data, verbose=False)
+    console.say(update_from(content, trainer, module, folder, args.target_acc))
 
 
 def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Console) -> None:

@@ -138,6 +138,17 @@ def blocks(num_slots: int, num_samples: int) -> Iterator[slice]:
     yield from (slice(start, start + size) for start in range(0, num_slots, size))
 
 
+def slots_of(network: nn.Module) -> "Slots | None":
+    """The layer of slots in a network, if it has one."""
+    return next((layer for layer in network.modules() if isinstance(layer, Slots)), None)
+
+
+def similarities_in(network: nn.Module, x: Tensor) -> Tensor:
+    """Of a batch's samples with all slots of a network, (B, S): what can be looked at as its last units."""
+    h = network.feature_extractor(x)[network.layers[-1]]
+    return similarities(unit(h.flatten(1)), slots_of(network).W)
+
+
 class Growth(NamedTuple):
     """What a batch did: slots added, and unmatched samples that no slot can tell from those of another class."""
 

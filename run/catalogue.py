@@ -244,6 +244,26 @@ MEASURES = (
         ),
     ),
     About(
+        name="slots",
+        callback="measures.matches:Matches",
+        flag="slots",
+        help="which samples slots match, and how right they are (on with --head slots)",
+        flags=(
+            Flag("ood", None, "slots: other data whose matched share to report, of samples of the same shape",
+                 {"nargs": "+", "metavar": "DATA"}),
+            Flag("slot_groups", False, "slots: NC1 with slots as classes, and how clusters agree with slots"),
+        ),
+        columns={
+            "slots/matched": Column("share that some slot matches"),
+            "slots/acc_pooled": Column("accuracy by scores", aside=True),
+            "slots/acc_pooled_on_matched": Column("accuracy by scores where a slot matches", aside=True),
+            "slots/acc_by_slot": Column("accuracy of the matching slot", aside=True),
+            "slots/acc_predict": Column("accuracy of slots, else scores", aside=True),
+            "nc1_slots": Column("NC1 with slots as classes", log=True),
+            "ami_slots": Column("adjusted mutual information of clusters and slots"),
+        },
+    ),
+    About(
         name="look",
         callback="measures.look:Look",
         flag="look",

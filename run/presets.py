@@ -76,6 +76,8 @@ DEFAULTS = {
     "slot_lr": 20.0,
     "slot_prune": 5,
     "slot_pool": "softmax",
+    "slot_update": False,
+    "target_acc": None,
     # optimisation
     "epochs": 20,
     "batch_size": 256,
@@ -192,7 +194,7 @@ POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
 OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "in_memory", "log_dir",
-                  "note", "num_nodes", "plots", "strategy", "tag", "threads")  # fmt: skip
+                  "note", "num_nodes", "plots", "slot_update", "strategy", "tag", "target_acc", "threads")  # fmt: skip
 OF_SEVERAL = ("tag", "seed", "classes", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
               *(about.flag for about in MEASURES if "nargs" in about.takes),
               *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip
