@@ -43,6 +43,7 @@ from figures.rank import rank_over_depth, rank_over_epochs
 from figures.runs import Run, load
 from figures.settings import compare
 from figures.similarity import cka_between_epochs, cka_between_runs
+from figures.slots import accuracy_by_slots, slot_pictures, slots_over_epochs, uncovered_samples
 from figures.summary import summary
 from figures.training import training_curves
 from figures.views import views_classes, views_filters, views_images, views_over_epochs, views_units
@@ -55,14 +56,15 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "alignment_of_classes", "channel_importance", "cka_between_epochs", "cka_between_runs", "cka_of_layers",
-    "clusters_over_epochs", "directions_over_epochs", "eigenvalues_over_epochs", "figures", "gradient_cosines",
-    "head_losses", "heat_map", "jacobian_singular_values", "landscape_curves", "landscape_maps", "load",
-    "look_over_epochs", "lr_range_test", "main", "matrices", "measure_over_epochs", "minimality_over_epochs",
-    "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "ntk_spectrum", "path", "perturbation_curves",
-    "rank_over_depth", "rank_over_epochs", "singular_values", "spectra", "sufficiency_minimality", "summary",
-    "training_curves", "tsne_maps", "views_classes", "views_filters", "views_images", "views_over_epochs",
-    "views_units", "write",
+    "accuracy_by_slots", "alignment_of_classes", "channel_importance", "cka_between_epochs", "cka_between_runs",
+    "cka_of_layers", "clusters_over_epochs", "directions_over_epochs", "eigenvalues_over_epochs", "figures",
+    "gradient_cosines", "head_losses", "heat_map", "jacobian_singular_values", "landscape_curves", "landscape_maps",
+    "load", "look_over_epochs", "lr_range_test", "main", "matrices", "measure_over_epochs",
+    "minimality_over_epochs", "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "ntk_spectrum", "path",
+    "perturbation_curves", "rank_over_depth", "rank_over_epochs", "singular_values", "slot_pictures",
+    "slots_over_epochs", "spectra", "sufficiency_minimality", "summary", "training_curves", "tsne_maps",
+    "uncovered_samples", "views_classes", "views_filters", "views_images", "views_over_epochs", "views_units",
+    "write",
 ]  # fmt: skip
 
 

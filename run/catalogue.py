@@ -262,6 +262,12 @@ MEASURES = (
             "nc1_slots": Column("NC1 with slots as classes", log=True),
             "ami_slots": Column("adjusted mutual information of clusters and slots"),
         },
+        figures=(
+            "figures.slots:slots_over_epochs",
+            "figures.slots:slot_pictures",
+            "figures.slots:accuracy_by_slots",
+            "figures.slots:uncovered_samples",
+        ),
     ),
     About(
         name="look",
