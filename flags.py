@@ -190,7 +190,8 @@ def _add_network(parser: Parser) -> None:
         "maximum; slots: features memorised in training, each with the threshold at which it makes no mistake there")
     add("--slot-scale", type=number(float, 0, MAX_SCALE, open_low=True), metavar="X",
         help="slots: inverse temperature of the soft maximum over a class's slots, and factor of the logits")
-    add("--slot-lr", type=rate(), metavar="RATE", help="slots: learning rate of their plain gradient descent")
+    add("--slot-lr", type=rate(), metavar="RATE",
+        help="slots: first learning rate of their plain gradient descent; it falls along half a cosine")
     add("--slot-prune", type=number(int, 0), metavar="N",
         help="slots: after every epoch, drop those that add at most N training samples to a greedy cover")
     add("--slot-update", action=argparse.BooleanOptionalAction,
@@ -288,9 +289,13 @@ def _names_a_folder(name: str) -> bool:
 def _refuse_what_slots_lack(parser: Parser, given: dict, flags: dict) -> None:
     """A layer that grows is trained on one device, in numbers that tell similarities apart, and is never compiled."""
     error = parser.error
+    if flags["ood"] and not flags["slots"]:
+        error("argument --ood: belongs to --slots, which is not asked for")
     if flags["head"] != "slots":
         if flags["slots"] and not flags["measure"]:
             error(f"argument --slots: is for --head slots, and the head is {flags['head']}")
+        if "slot" in (flags["look_by"] or ()) and not flags["measure"]:
+            error(f"argument --look-by: slots are what --head slots has, and the head is {flags['head']}")
         for name in ("slot_scale", "slot_lr", "slot_prune", "slot_pool", "slot_update", "target_acc"):
             if name in given:
                 error(f"argument --{name.replace('_', '-')}: is for --head slots, and the head is {flags['head']}")

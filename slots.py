@@ -11,6 +11,7 @@ Letters: N samples (B of a batch), V variants of each, d their dimension, S slot
 length 1, s similarities, t thresholds.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -348,12 +349,16 @@ class Slots(nn.Module):
         *,
         epochs: int = 6,
         batch_size: int = 1000,
-        lr: float = 1.0,
+        lr: float = 20.0,
         prune: int = 5,
         seed: int = 0,
     ) -> list[dict[str, float]]:
-        """Train on features (N, d) and labels (N,) as they are; what each epoch did. In the last one nothing grows."""
+        """Train on features (N, d) and labels (N,) as they are; what each epoch did.
+
+        In the last epoch nothing grows. The rate falls from `lr` along half a cosine.
+        """
         generator, history = torch.Generator().manual_seed(seed), []
+        step, num_steps = 0, epochs * -(-len(y) // batch_size)
         for epoch in range(epochs):
             before, added, uncovered = len(self), 0, 0
             for batch in torch.randperm(len(y), generator=generator).split(batch_size):
@@ -363,7 +368,8 @@ class Slots(nn.Module):
                     added, uncovered = added + growth.added, uncovered + growth.uncovered
                 if len(self):
                     F.cross_entropy(self(h_b), y_b).backward()
-                    self.step(lr)
+                    self.step(lr * (1 + math.cos(math.pi * step / num_steps)) / 2)
+                step += 1
             covered = self.calibrate(h, y)
             self.prune(covered, prune)
             pruned = before + added - len(self)

@@ -57,7 +57,7 @@ class Parameters(NamedTuple):
     def matrix_shape(self) -> tuple[int, int] | None:
         """(out, rest) of a single tensor with at least two dimensions; None of anything else."""
         parts = [self._part(tensor) for tensor in self.tensors.values()]
-        if len(parts) != 1 or parts[0].dim() < 2:
+        if len(parts) != 1 or parts[0].dim() < 2 or not parts[0].numel():
             return None
         return parts[0].shape[0], parts[0].numel() // parts[0].shape[0]
 

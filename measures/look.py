@@ -23,6 +23,7 @@ from run.catalogue import eigenvalues
 from run.errors import UserError, WrongFlag
 from run.expressions import SHORT, Expression, Name, parse
 from run.seeds import seed_from
+from slots import similarities_in, slots_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from run.run_folder import RunFolder
 
 TRAINING_TRACE_PROBES = 10  # per epoch; with --look-probes P it is 20 P, as with --measure
+MOST_SLOTS = 20  # whose averages are looked at
 PATH = 100_000  # parameters up to which a path is kept as it is, and numbers of its sketch beyond
 
 
@@ -170,7 +172,7 @@ class Look(Viewing):
             order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.wanted.seed))
             members = {f"batch{i}": part.sort().values for i, part in enumerate(order.split(self.batch_size))}
         else:
-            members = clusters_of(trainer, index, self.sets[0])
+            members = slots_among(view) if kind == "slot" else clusters_of(trainer, index, self.sets[0])
         return {name: view.of(places) for name, places in members.items()}
 
     def _of_groups(self, groups: Mapping[str, Mapping[str, View]], expression: Expression) -> dict[str, float]:
@@ -204,6 +206,7 @@ class Look(Viewing):
         kept[epoch] = theta.float().cpu()
         self.arrays[f"{column}/path"] = kept[epoch]
         points = [kept[number].double() for number in sorted(kept) if number <= epoch]
+        points = [point for point in points if len(point) == len(theta)]  # before a head grew there were fewer
         steps = [points[i] - points[i - 1] for i in range(max(1, len(points) - 2), len(points))]
         figures = {"distance": float((points[-1] - points[0]).norm())}
         if steps:
@@ -283,6 +286,18 @@ def between_groups(vectors: Tensor, weights: Tensor) -> tuple[dict[str, float], 
         "cosine": float(pairs.mean()) if len(pairs) else math.nan,
         "snr": float(mean.square().sum()) / noise if noise else math.nan,
     }, cosines
+
+
+def slots_among(view: View) -> dict[str, Tensor]:
+    """Places among a view's samples of those that each slot matches, of the slots that match the most of them."""
+    layer = slots_of(view.network)
+    if layer is None:
+        raise UserError("--look-by slot: the network has no slots")
+    with torch.no_grad():
+        slot = layer.deciding(similarities_in(view.network, view.x)).cpu()
+    counts = slot[slot >= 0].bincount(minlength=1)
+    most = counts.argsort(descending=True, stable=True)[:MOST_SLOTS].sort().values
+    return {f"slot{j}": (slot == j).nonzero()[:, 0] for j in most.tolist() if counts[j]}
 
 
 def clusters_of(trainer: Trainer, index: Tensor, split: str) -> dict[str, Tensor]:

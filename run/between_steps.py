@@ -1,5 +1,6 @@
 """What some layers need between the steps of training: weights in bounds, a temperature that falls, slots that come."""
 
+import math
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ class Anneal(Callback):
 class Grow(Callback):
     """Trains the layer of slots that a network ends with: it grows, takes its own steps, and is pruned.
 
-    It grows in every batch, but not in the last epoch; before each test every slot gets its threshold on the whole
-    training set, and a cover of it is kept. `values` hold the number of slots, in all and of each class, how many were
-    added and pruned, and which share of the training samples has a slot of its class that matches.
+    It grows in every batch, but not in the last epoch; the rate of its steps falls along half a cosine. Before each
+    test every slot gets its threshold on the whole training set, and a cover of that is kept. `values` hold the number
+    of slots, in all and of each class, how many were added and pruned, how many samples no slot could tell from those
+    of another class, and which share of the training samples has a slot of its class that matches.
     """
 
-    def __init__(self, layer: Any, lr: float, prune: int) -> None:
-        self.layer, self.lr, self.prune = layer, lr, prune
+    def __init__(self, lr: float, prune: int) -> None:
+        self.lr, self.prune = lr, prune
         self.values: dict[str, float] = {}
 
     def line(self) -> str:
@@ -50,39 +52,51 @@ class Grow(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 0:
-            self.values = self._counts()
+            self.values = counts(grown_in(pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before, self._added, self._uncovered = len(self.layer), 0, 0
+        self._before, self._added, self._uncovered = len(grown_in(pl_module)), 0, 0
         self._grows = trainer.current_epoch + 1 != trainer.max_epochs
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._grows:
-            self.layer.await_batch(batch[1])
+            grown_in(pl_module).await_batch(batch[1])
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        layer = grown_in(pl_module)
         if self._grows:
-            self._added += self.layer.growth.added
-            self._uncovered += self.layer.growth.uncovered
-        self.layer.step(self.lr)
+            self._added += layer.growth.added
+            self._uncovered += layer.growth.uncovered
+        layer.step(self.lr * half_cosine((trainer.global_step - 1) / trainer.estimated_stepping_batches))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        covered = self.layer.calibrate(*features_and_labels(trainer, pl_module, "train"))
-        kept = self.layer.prune(covered, self.prune)
-        share = float(covered[:, kept].any(1).double().mean())
-        pruned = self._before + self._added - len(self.layer)
-        self.values = self._counts() | {
+        layer = grown_in(pl_module)
+        covered = layer.calibrate(*features_and_labels(trainer, pl_module, "train"))
+        kept = layer.prune(covered, self.prune)
+        self.values = counts(layer) | {
             "slots/added": self._added,
-            "slots/pruned": pruned,
+            "slots/pruned": self._before + self._added - len(layer),
             "slots/uncovered": self._uncovered,
-            "slots/covered": share,
+            "slots/covered": float(covered[:, kept].any(1).double().mean()),
         }
 
-    def _counts(self) -> dict[str, float]:
-        by_class = {f"slots/num/class{c}": num for c, num in enumerate(self.layer.counts.tolist())}
-        return {"slots/num": len(self.layer)} | by_class
+
+def grown_in(module: nn.Module) -> Any:
+    """The layer that grows."""
+    return layers_with("await_batch", module)[0]
+
+
+def half_cosine(done: float) -> float:
+    """From 1 to 0 over training, of which a share is done."""
+    return (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def counts(layer: Any) -> dict[str, float]:
+    """The columns of how many slots there are, in all and of each class."""
+    by_class = {f"slots/num/class{c}": num for c, num in enumerate(layer.counts.tolist())}
+    return {"slots/num": len(layer)} | by_class
 
 
 def features_and_labels(trainer: Trainer, pl_module: LightningModule, split: str) -> tuple[Tensor, Tensor]:
@@ -104,8 +118,8 @@ def between_steps(module: LightningModule) -> list[Callback]:
     if layers_with("tau", module):
         first, last = map(float, module.hparams.tau.split(":"))
         callbacks.append(Anneal(first, last))
-    for layer in layers_with("await_batch", module):
-        callbacks.append(Grow(layer, module.hparams.slot_lr, module.hparams.slot_prune))
+    if layers_with("await_batch", module):
+        callbacks.append(Grow(module.hparams.slot_lr, module.hparams.slot_prune))
     return callbacks
 
 

@@ -278,7 +278,7 @@ MEASURES = (
         takes={"nargs": "+", "type": expression, "metavar": "EXPRESSION"},
         flags=(
             Flag("look_by", None, "look: beside all samples, at the average over each of these groups",
-                 {"nargs": "+", "choices": ("class", "cluster", "batch")}),
+                 {"nargs": "+", "choices": ("class", "cluster", "batch", "slot")}),
             Flag("look_set", "train", "set whose samples are looked at", {"choices": SETS}),
             Flag("look_samples", 1000, "how many of them, by class as in the set; 0: all",
                  {"type": number(int, 0), "metavar": "N"}),

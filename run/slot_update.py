@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from run.between_steps import features_and_labels, layers_with
+from run.between_steps import features_and_labels, grown_in
 from run.checkpoints import save_whole
 from run.files import write_whole
 from run.seeds import seed_from
@@ -39,7 +39,7 @@ def update_from(
     arrays, the accuracy of either half by the number of new slots.
     """
     module.to(trainer.strategy.root_device).eval()
-    [slots] = layers_with("await_batch", module)
+    slots = grown_in(module)
     training = features_and_labels(trainer, module, "train")
     halves = in_halves(*features_and_labels(trainer, module, "test"), seed_from("slot update", module.hparams.seed))
     before = copy.deepcopy(slots)

@@ -94,24 +94,11 @@ def test_a_killed_run_ends_with_the_slots_of_an_uninterrupted_one(in_an_empty_fo
 def test_backbone_and_slots_are_trained_together():
     line = "-m MNISTNet --head slots -e 3 -b 30 -lr 1e-3 --slot-prune 0"
     dataset = toy_images(num_train=120, num_test=30, size=12)
-    module, trainer, *_ = fitted(line, dataset, callbacks=grow_for(line))
+    module, trainer, *_ = fitted(line, dataset, callbacks=[Grow(lr=20.0, prune=0)])
     start = Classifier.from_flags(flags_of_run(get_args(["-d", "MNIST", *line.split()])), dataset.shape, 3)
     assert not torch.equal(module.network.conv1.conv.weight, start.network.conv1.conv.weight)
     trained = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert id(module.network.head.W) not in trained and len(module.network.head) > 0
-
-
-def grow_for(line):
-    """The callback of a run with these flags, for whichever network is trained."""
-
-    class Late(Grow):
-        def __init__(self):
-            self.values = {}
-
-        def on_fit_start(self, trainer, pl_module):
-            super().__init__(pl_module.network.head, pl_module.hparams.slot_lr, pl_module.hparams.slot_prune)
-
-    return [Late()]
 
 
 def test_lookahead_and_rates_of_their_own_leave_slots_alone():
