@@ -2,7 +2,7 @@
 # make test-cluster (needs root and slurm-wlm) · make test-image (needs root and buildah)
 # make bench · make bench-gpu · make clean
 # Everything is installed into .venv, with the interpreter PYTHON; into .venv-oldest, for make test-oldest, the lowest
-# versions that requirements.txt allows.
+# versions that requirements.txt allows. What needs root is not: where it lacks, that is said and nothing tried.
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,10 +36,10 @@ test-oldest: $(OLDEST)/test
 	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
 
 test-cluster: $(VENV)/test
-	$(BIN)/python -m pytest -rs tests/cluster.py $(ARGS)
+	$(BIN)/python -m pytest -rs tests/cluster.py $(ARGS) || [ $$? = 5 ]
 
 test-image: $(VENV)/test
-	$(BIN)/python -m pytest -rs tests/image.py $(ARGS)
+	$(BIN)/python -m pytest -rs tests/image.py $(ARGS) || [ $$? = 5 ]
 
 torture: test-processors
 	$(BIN)/python -m pytest -s tests/torture.py $(ARGS)

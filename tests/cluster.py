@@ -17,7 +17,7 @@ from processes import ROOT, assert_same_run
 from slurm_cluster import Cluster, directory_of, missing, until
 
 NUM_LATE = 10
-PATIENCE = 400  # seconds; on two idle cores all jobs together take a fraction of it
+PATIENCE = 800  # seconds; on two idle cores all jobs together take a fraction of it
 FLAGS = ["-e", "4", "--rank", "--no-dib", "--save-every", "2", "--no-plots", "--accelerator", "cpu", "--quiet"]
 IN_EPOCH_3 = {"WAIT_AT": "33"}  # 14 steps each
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -38,11 +38,10 @@ status=129
 while [ $status -gt 128 ] && kill -0 $! 2> /dev/null; do wait $!; status=$?; done
 exit $status""",
 }
-lacking = missing()
-needs_slurm = pytest.mark.skipif(
-    bool(lacking), reason=f"a SLURM cannot be started without {', '.join(lacking)}: apt-get install slurm-wlm"
-)
-pytestmark = [pytest.mark.timeout(600), needs_slurm]
+pytestmark = pytest.mark.timeout(900)
+if lacking := missing():
+    why = f"a SLURM cannot be started without {', '.join(lacking)} (on Debian: slurm-wlm)"
+    pytest.skip(why, allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
