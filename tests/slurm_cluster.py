@@ -84,10 +84,13 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.ask("scancel", "--user", "root", check=False)
-        for daemon in reversed(self._daemons):
-            daemon.terminate()
-        for daemon in self._daemons:
-            daemon.wait(30)
+        try:  # a daemon does not end while one of its jobs does not
+            until(lambda: not self.ask("squeue", "-h", check=False), 60, self.log)
+        finally:
+            for daemon in self._daemons:
+                daemon.terminate()
+            for daemon in self._daemons:
+                end(daemon)
 
     def _daemon(self, name: str, *words: str) -> subprocess.Popen:
         log = open(self.folder / f"{name}{''.join(words)}.log", "w")  # noqa: SIM115
@@ -125,6 +128,15 @@ def until(condition: Callable[[], bool], seconds: float, say: Callable[[], objec
     while not condition():
         assert time.monotonic() < deadline, say()
         time.sleep(0.1)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Wait for a process to end; in half a minute it does, or is ended."""
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def free_ports(num: int) -> Sequence[int]:
