@@ -3,7 +3,6 @@
 import csv
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
 from PIL import Image
 
@@ -36,10 +36,7 @@ def rows_of(folder, *, with_times=False):
 
 def start(*argv):
     """The program in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, MAIN, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )  # fmt: skip
+    return warm.Popen([sys.executable, MAIN, *argv], stdout=warm.PIPE, stderr=warm.PIPE)
 
 
 def wait_for(condition, process, seconds=120):
@@ -111,7 +108,7 @@ def test_the_same_seed_gives_the_same_numbers_and_so_does_its_own_hparams():
 def test_measuring_leaves_no_trace_in_the_weights(image_folder):
     """For a network with batch norm and one with dropout's kin: with all measures and with none, the same bits."""
     for model in ("ResNet", "ConvNeXt"):
-        line = ["-m", model, "-d", str(image_folder), "-e", "1", "-b", "20", "--limit", "20", "--quiet", "--no-plots"]
+        line = ["-m", model, "-d", str(image_folder), "-e", "1", "-b", "4", "--limit", "8", "--quiet", "--no-plots"]
         measured = ["--measure-every", "1", "--rank", "--dib-epochs", "1", "--dib-layers", "layer4.1", "features.7.2"]
         measured[-2:] = [measured[-2 if model == "ResNet" else -1]]
         assert main.main([*line, *measured, "--name", f"{model}_with"]) == 0
@@ -128,12 +125,12 @@ def test_measuring_leaves_no_trace_in_the_weights(image_folder):
     [("latin-1", "epoch 0 -> 2", "24 × 12 × 12"), ("ascii", "epoch 0 -> 2", "24 x 12 x 12")],
 )
 def test_a_terminal_that_lacks_letters_gets_plain_ones_and_loses_no_run(encoding, course, shape, image_folder):
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
     lists = ["--list-layers", "-m", "MNISTNet", "-d", str(image_folder)]
     for argv, expected in ((SHORT, course), (lists, shape)):
-        done = subprocess.run([sys.executable, MAIN, *argv], capture_output=True, env=environment)
+        done = warm.run([sys.executable, MAIN, *argv], capture_output=True, env=environment, encoding=encoding)
         assert done.returncode == 0, done.stderr
-        assert expected in done.stdout.decode(encoding)
+        assert expected in done.stdout
     assert len(rows_of("lightning_logs/version_0")) == 3
 
 
@@ -225,11 +222,21 @@ def test_a_checkpoint_of_other_data_is_refused(capsys, image_folder):
     assert not Path("lightning_logs/version_1").exists()
 
 
+LONG = ["-e", "30", "--dib-epochs", "2", "--limit", "1000", "--no-plots", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a long run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = warm.run([sys.executable, MAIN, *LONG, "--name", "whole"], cwd=folder, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "lightning_logs/whole"
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_ends_soon_with_its_status_and_goes_on_where_it_was(number, status):
-    line = ["-e", "30", "--dib-epochs", "2", "--no-plots", "--quiet"]
-    assert main.main([*line, "--name", "whole"]) == 0
-    process = start(*line, "--name", "cut")
+def test_an_interrupted_run_ends_soon_with_its_status_and_goes_on_where_it_was(number, status, whole):
+    process = start(*LONG, "--name", "cut")
     wait_for(lambda: Path("lightning_logs/cut/checkpoints/last.ckpt").exists(), process)
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
@@ -237,20 +244,18 @@ def test_an_interrupted_run_ends_soon_with_its_status_and_goes_on_where_it_was(n
     assert "--resume lightning_logs/cut" in err and "Traceback" not in err
     assert len(rows_of("lightning_logs/cut")) < 31
     assert main.main(["--resume", "lightning_logs/cut"]) == 0
-    assert rows_of("lightning_logs/cut") == rows_of("lightning_logs/whole")
+    assert rows_of("lightning_logs/cut") == rows_of(whole)
 
 
-def test_a_killed_run_goes_on_in_its_folder_as_if_nothing_had_been():
-    line = ["-e", "30", "--dib-epochs", "2", "--no-plots", "--quiet"]
-    assert main.main([*line, "--name", "whole"]) == 0
-    process = start(*line, "--name", "cut")
+def test_a_killed_run_goes_on_in_its_folder_as_if_nothing_had_been(whole):
+    process = start(*LONG, "--name", "cut")
     wait_for(lambda: Path("lightning_logs/cut/checkpoints/last.ckpt").exists(), process)
     process.kill()
     process.communicate()
     assert len(rows_of("lightning_logs/cut")) < 31
     assert main.main(["--resume", "last"]) == 0
-    assert Path("lightning_logs/cut/dib.csv").read_bytes() == Path("lightning_logs/whole/dib.csv").read_bytes()
-    assert rows_of("lightning_logs/cut") == rows_of("lightning_logs/whole")
+    assert Path("lightning_logs/cut/dib.csv").read_bytes() == (whole / "dib.csv").read_bytes()
+    assert rows_of("lightning_logs/cut") == rows_of(whole)
 
 
 def test_a_compiled_network_trains_and_measures_like_a_plain_one(monkeypatch):
@@ -274,7 +279,7 @@ def brute_force_nc1(h, y):
 
 @pytest.mark.parametrize("model", ["MNISTNet", "ResNet"])
 def test_nc1_in_the_table_is_that_of_the_saved_network_by_brute_force(model, image_folder):
-    line = ["-m", model, "-d", str(image_folder), "-e", "2", "-b", "20", "-lr", "0.01", "--measure-every", "1"]
+    line = ["-m", model, "-d", str(image_folder), "-e", "2", "-b", "20", "-lr", "0.01", "--measure-at", "2"]
     assert main.main([*line, "--no-dib", "--quiet", "--no-plots"]) == 0
     run = Path("lightning_logs/version_0")
     network = Classifier.load_from_checkpoint(run / "checkpoints/last.ckpt", map_location="cpu").network.eval()
@@ -321,6 +326,6 @@ def test_small_networks_get_one_thread_and_others_their_share_unless_told(
 
 def test_a_warning_of_the_program_is_a_sentence_and_those_of_libraries_say_where_they_come_from(in_an_empty_folder):
     argv = ["-w", "6", "4", "--limit", "1", "-e", "1", "--measure-at", "0", "--measure-sets", "train", "--no-dib"]
-    done = subprocess.run([sys.executable, MAIN, *argv, "--no-plots", "--quiet"], capture_output=True, text=True)
+    done = warm.run([sys.executable, MAIN, *argv, "--no-plots", "--quiet"], capture_output=True)
     assert done.stderr.startswith("main.py: warning: NC1 is not defined for layer") and done.stderr.count("\n") == 1
     assert "library.py:7: UserWarning: mind" in in_a_sentence("mind", UserWarning, "library.py", 7)
