@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -425,9 +426,7 @@ def test_permission_lost_in_mid_run_spares_what_is_there(whole, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_standard_output_is_one_sentence(finished):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, ROOT / "main.py", "--list-layers"], stdout=full, stderr=subprocess.PIPE, text=True
-        )  # fmt: skip
+        done = warm.run([sys.executable, ROOT / "main.py", "--list-layers"], stdout=full, stderr=warm.PIPE)
     assert (done.returncode, done.stderr) == (1, "main.py: standard output: No space left on device\n")
 
 
@@ -987,18 +986,14 @@ def test_a_pipe_that_nobody_reads_ends_quietly(line, status):
     """Who reads a list has seen enough; a run that was cut short says so."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, ROOT / "main.py", *line.split()], stdout=writer, stderr=subprocess.PIPE, text=True
-    )
+    done = warm.run([sys.executable, ROOT / "main.py", *line.split()], stdout=writer, stderr=warm.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (status, "main.py: standard output: Broken pipe\n" * status)
 
 
 @pytest.mark.parametrize("line", ["--list-layers", " ".join([*TINY, "--no-dib"])])
 def test_a_closed_standard_output_changes_nothing_else(line):
-    done = subprocess.run(
-        ["bash", "-c", f"exec {sys.executable} {ROOT / 'main.py'} {line} >&-"], stderr=subprocess.PIPE, text=True
-    )
+    done = warm.run([sys.executable, ROOT / "main.py", *line.split()], stdout=warm.CLOSED, stderr=warm.PIPE)
     assert (done.returncode, done.stderr) == (0, "")
 
 
