@@ -10,6 +10,7 @@ import pkgutil
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,44 @@ class Run:
 def finish(argv: Sequence[str], folder: Path, **options: object) -> tuple[int, str]:
     """Run to the end."""
     return Run(argv, folder, **options).end()
+
+
+def free_port() -> int:
+    """A port at which nobody listens now."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def task(number: int, num: int = 2, nodes: int = 1) -> dict[str, str]:
+    """What SLURM tells a task of `num` on each node; nothing where Lightning is to start the others."""
+    node, local = divmod(number, num)
+    return {
+        "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": str(nodes * num),
+        "SLURM_NTASKS_PER_NODE": str(num), "SLURM_PROCID": str(number), "SLURM_LOCALID": str(local),
+        "SLURM_NODEID": str(node), "SLURM_JOB_NODELIST": "localhost",
+    }  # fmt: skip
+
+
+def start_tasks(
+    argv: Sequence[str],
+    folder: Path,
+    num: int = 2,
+    nodes: int = 1,
+    env: Mapping[str, str] | None = None,
+    **options: object,
+) -> list[Run]:
+    """`srun --nodes NODES --ntasks-per-node NUM python main.py ARGV`, without SLURM."""
+    common = {"MASTER_PORT": str(free_port()), **(env or {})}
+    argv = [*argv, "--devices", str(num), "--num-nodes", str(nodes), "--accelerator", "cpu"]
+    tasks = [task(number, num, nodes) for number in range(nodes * num)]
+    return [Run(argv, folder, env=each | common, **options) for each in tasks]
+
+
+def run_tasks(argv: Sequence[str], folder: Path, **options: object) -> tuple[list[int], str]:
+    """Statuses of all tasks, and all that they printed."""
+    ends = [run.end() for run in start_tasks(argv, folder, **options)]
+    return [status for status, _ in ends], "".join(text for _, text in ends)
 
 
 def _context() -> multiprocessing.context.ForkServerContext:

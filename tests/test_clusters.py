@@ -4,7 +4,6 @@ import csv
 import doctest
 import math
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, Run, arrays_of, assert_killed_ends_as_whole, assert_same_run, finish, signal_at
+from processes import Run, arrays_of, assert_killed_ends_as_whole, assert_same_run, finish, run_tasks, signal_at
 from two_ranks import on_two_ranks
 
 import datasets
@@ -327,10 +326,9 @@ def test_a_killed_run_ends_with_the_activations_of_an_uninterrupted_one(in_an_em
 
 
 def test_clusters_are_the_same_on_two_devices(in_an_empty_folder):
-    for name, devices in (("one", "1"), ("two", "2")):
-        argv = [*LINE, "-e", "1", "--name", name, "--accelerator", "cpu", "--devices", devices, "--measure-at", "0"]
-        done = subprocess.run([sys.executable, ROOT / "main.py", *argv], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for name, num in (("one", 1), ("two", 2)):
+        statuses, text = run_tasks([*LINE, "-e", "1", "--name", name, "--measure-at", "0"], Path.cwd(), num=num)
+        assert statuses == [0] * num, text
     kept = [read(RUN / name / "arrays/epoch0000/clusters.npz")[0] for name in ("one", "two")]
     assert kept[0].keys() == kept[1].keys()
     for name, array in kept[0].items():

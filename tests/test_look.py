@@ -3,15 +3,13 @@
 import csv
 import doctest
 import math
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, assert_killed_ends_as_whole, finish
+from processes import assert_killed_ends_as_whole, finish, run_tasks
 from torch import nn
 
 import datasets
@@ -192,13 +190,13 @@ def test_the_loss_is_the_one_of_training(in_an_empty_folder):
 def test_figures_are_those_of_one_device_on_two(in_an_empty_folder):
     asked = ["hessian", "grad(loss, theta)", "jacobian", "grad(f(output), theta(output))", "f(hidden1)"]
     asked += ["hess(loss, f(hidden5))"]
-    for name, devices in (("one", "1"), ("two", "2")):
-        argv = [*LINE, "-e", "1", "--name", name, "--accelerator", "cpu", "--devices", devices, "--measure-at", "0",
-                "--look-samples", "0", "--look-dense", "0", "--look", *asked, "--precision", "64-true"]  # fmt: skip
+    for name, num in (("one", 1), ("two", 2)):
+        argv = [*LINE, "-e", "1", "--name", name, "--measure-at", "0", "--precision", "64-true"]
+        argv += ["--look-samples", "0", "--look-dense", "0", "--look", *asked]
         argv += ["--landscape", "--landscape-steps", "3", "--landscape-map", "0"]
         argv += ["--perturb", "hidden1", "--perturb-draws", "1", "--views", "--views-samples", "7"]
-        done = subprocess.run([sys.executable, ROOT / "main.py", *argv], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        statuses, told = run_tasks(argv, Path.cwd(), num=num)
+        assert statuses == [0] * num, told
     one, two = (rows(name)[0] for name in ("one", "two"))
     columns = [name for name in one if name.startswith(("look/", "landscape/", "perturb/", "views/"))]
     # float64: other orders of sums, 1e-16; eigenvalues of one search, whose start is the same
