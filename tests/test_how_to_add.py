@@ -4,10 +4,10 @@ import ast
 import csv
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
+import warm
 from processes import ROOT
 
 import networks
@@ -67,7 +67,7 @@ def assigned(node):
 
 def output(program, *argv):
     """What `python ARGV` prints in that program; it must end well and complain of nothing."""
-    done = subprocess.run([sys.executable, *argv], cwd=program, capture_output=True, text=True)
+    done = warm.run([sys.executable, *argv], cwd=program, capture_output=True)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     return done.stdout
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 from processes import ROOT
 
 import setup as building
@@ -36,7 +37,7 @@ def installed(tmp_path_factory):
 def run(installed, *words, cwd):
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [sys.executable, *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env | {"PYTHONPATH": str(installed)})
+    return warm.run(command, capture_output=True, cwd=cwd, env=env | {"PYTHONPATH": str(installed)})
 
 
 def test_all_of_it_lies_under_one_name(installed):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -135,7 +136,7 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
             tmp_path / "more" / f"version_{version}", num_epochs=1, measures=("nc1", "rank"), learning_rate=version
         )
     args = [sys.executable, ROOT / "plots.py", folder, tmp_path / "more", "-o", tmp_path / "figures"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with warm.Popen(args, stdout=warm.PIPE, stderr=warm.PIPE) as process:
         assert process.stdout.readline().endswith("training_curves.png\n")
         process.stdout.close()
         assert process.stderr.read() == ""
@@ -153,7 +154,7 @@ def test_a_terminal_that_lacks_letters_gets_them_escaped(tmp_path, environment):
 def test_ctrl_c_ends_quietly_and_leaves_no_half_file(tmp_path):
     folder = make_run(tmp_path / "version_0", num_layers=20, num_epochs=50)
     args = [sys.executable, ROOT / "plots.py", folder, "-o", tmp_path / "figures"]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen(args, stdout=warm.PIPE, stderr=warm.PIPE)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+import warm
 from processes import ROOT, finish
 
 from measures import saved
@@ -41,7 +41,7 @@ def test_a_saved_file_gives_the_numbers_of_the_run_bit_for_bit(in_an_empty_folde
     assert status == 0, told
     file = FOLDER / f"activations/test/hidden3.{file_format}"
     command = [sys.executable, "-m", "measures.clusters", "svd", file, "hidden3", "-o", "out.npz"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = warm.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     page = Path("plots/test_epoch0001_hidden3_svd.png")
     assert done.stdout.endswith(f"figures in {page}\n") and page.read_bytes().startswith(b"\x89PNG")
