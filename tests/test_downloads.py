@@ -11,7 +11,6 @@ import pickle
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -333,13 +333,8 @@ def loading_process(tmp_path, mnist, server):
     )
     resources = [(name, md5(content)) for name, content in mnist.items()]
     arguments = json.dumps([server.url, resources, str(tmp_path)])
-    return subprocess.Popen(
-        [sys.executable, "-c", script, arguments],
-        cwd=Path(datasets.__file__).parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    line = [sys.executable, "-c", script, arguments]
+    return warm.Popen(line, cwd=Path(datasets.__file__).parent, stdout=warm.PIPE, stderr=warm.PIPE)
 
 
 def test_two_processes_on_the_first_download_share_one(mnist, server, tmp_path):
