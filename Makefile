@@ -10,6 +10,9 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 ARGS ?=
 
+# What pip does on one core; it fails for files that are meant for other versions of Python, as some packages have.
+COMPILE := $(BIN)/python -m compileall -qq -j 0
+
 # One thread: what other threads wait for is noise.
 BENCHMARKS := startup training_loop data images nc1 nc1_scaling dib_heads run_with_measures how_far devices clusters \
 	quantities
@@ -66,7 +69,8 @@ $(VENV)/core: requirements.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/test: requirements-test.txt requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements-test.txt
+	$(COMPILE) $(VENV)/lib || true
 	touch $@ $(VENV)/core
 
 $(OLDEST)/test: requirements-test.txt requirements.txt
