@@ -5,7 +5,9 @@ Letters: N samples, d dimension of a layer's flattened activations, C classes, k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +27,7 @@ EXACT_LIMIT = 2000  # min(N, d) up to which the Gram matrix is decomposed: secon
 MAX_DIRECTIONS = 256  # of a sketch: its cost grows with them, and neighbours lose their meaning
 BLOCK = 32  # columns by which a sketch grows
 POWERS = 8  # blocks that a sketch may have beside twice the directions looked for
-CONVERGED = 1e-5  # relative change of S² by a further block; yet another would change them far less
+CONVERGED = 2e-5  # relative change of S² that all further blocks would make, by the last two
 ROW_ELEMENTS = 2**18  # of rows copied to float64 at once: 2 MB, which a CPU's cache holds
 PRODUCT_ELEMENTS = 2**20  # the same for products, which are faster of more rows
 
@@ -76,7 +78,7 @@ def reduce(
 
     Where min(N, d) ≤ 2000, this is exact, from the eigenvectors of the Gram matrix in float64. Beyond, it is a
     randomised sketch: the block Krylov space of 32 random columns (Musco & Musco 2015), which holds what power
-    iterations would give, grows until the k values found do not change by more than 5·10⁻⁶, or to 2 k columns and 8
+    iterations would give, grows until the k values found will not change by more than 10⁻⁵, or to 2 k columns and 8
     blocks for k = `max_directions` (256 by default). Where these are not enough `energies[-1]` stays
     below. Singular values are within 10⁻⁴ of the exact ones, those of white noise, which hardly differ, within 0.2%.
     What is random depends on `seed` alone.
@@ -144,7 +146,7 @@ def fires(A: Tensor, threshold: float, labels: Tensor | None, filter_class: int 
 
 
 class Centred(NamedTuple):
-    """A - mu (N, d) in float32 at least; mu (d,) and the energy ‖A - mu‖_F² in float64."""
+    """A - mu (N, d) in float32 at least; mu (d,) and, summed up from rows, the energy ‖A - mu‖_F² in float64."""
 
     matrix: Tensor
     mean: Tensor
@@ -160,11 +162,14 @@ def without_mean(A: Tensor, kept: Tensor | None = None) -> Centred:
     mu = mu if columns is None else mu[columns]
     dtype = torch.promote_types(A.dtype, torch.float32)
     centred, energy = A.new_empty(len(A), len(mu), dtype=dtype), mu.new_zeros(())
+    rounded = mu.to(dtype)
+    remainder = (mu - rounded).to(dtype)  # taken off by itself, so that no digit of mu is lost
     num_rows = max(1, ROW_ELEMENTS // A.shape[1])
     for rows, into in zip(A.split(num_rows), centred.split(num_rows), strict=True):
-        rows = (rows if columns is None else rows.index_select(1, columns)).double() - mu
-        energy += torch.linalg.vector_norm(rows) ** 2
-        into.copy_(rows)
+        rows = rows if columns is None else rows.index_select(1, columns)
+        torch.sub(rows.to(dtype), rounded, out=into)
+        into -= remainder
+        energy += torch.linalg.vecdot(into, into).sum(dtype=torch.float64)
     eps = torch.finfo(A.dtype if A.is_floating_point() else dtype).eps
     if energy <= len(A) * (eps * torch.linalg.vector_norm(mu)) ** 2:
         centred, energy = centred.zero_(), energy.zero_()
@@ -234,7 +239,7 @@ def sketch(centred: Tensor, energy: float, total: Tensor, limit: int, seed: int)
 
     From the Krylov space of a random block Ω of 32 columns, AΩ, (AAᵀ)AΩ, (AAᵀ)²AΩ, …, which grows until those k
     singular values stay as they are, or to 2 `limit` columns and 8 blocks.
-    Products with A are made in the activations' own precision while the space grows; what is read off it is float64.
+    Products with A are made in the activations' own precision, what is made of them is float64.
     """
     generator = torch.Generator().manual_seed(seed_from("sketch", seed))  # on the CPU: all devices draw the same
     omega = torch.randn(centred.shape[1], BLOCK, generator=generator, dtype=torch.float64)
@@ -242,30 +247,33 @@ def sketch(centred: Tensor, energy: float, total: Tensor, limit: int, seed: int)
     Q = centred.new_empty(len(centred), most, dtype=torch.float64)
     B = centred.new_empty(most, centred.shape[1], dtype=torch.float64)  # Qᵀ A
     gram = Q.new_empty(most, most)  # B Bᵀ
-    Z, num, before = omega.to(centred), 0, None
+    Z, num, spaces = omega.to(centred), 0, []
     while True:
         new = slice(num, min(num + BLOCK, most))
         Q[:, new] = beside(centred @ Z[:, : new.stop - num], Q[:, :num])
-        Z = centred.T @ Q[:, new].to(centred)
-        B[new], num = Z.T, new.stop
+        block = Q[:, new].T.to(centred) @ centred
+        B[new], num = block, new.stop
         gram[:num, new] = B[:num] @ B[new].T
         gram[new, :num] = gram[:num, new].T
         squares, W = leading(gram[:num, :num], limit)
         k = first_above(squares.cumsum(0) / total, energy)
-        if num == most or settled(squares[:k], before):
+        spaces = [*spaces[-2:], squares]
+        if num == most or left_to_change([each[:k] for each in spaces]) <= CONVERGED:
             break
-        before, Z = squares, torch.linalg.qr(Z).Q
-    U = Q[:, :num] @ W[:, :k]
-    B = product(U, centred)
-    squares, W = leading(B @ B.T, k)
-    return U @ W, squares, (W.T @ B / squares.sqrt()[:, None]).T
+        Z = torch.linalg.qr(block.T).Q
+    squares, W = squares[:k], W[:, :k]
+    return Q[:, :num] @ W, squares, B[:num].T @ W / squares.sqrt()
 
 
-def settled(squares: Tensor, before: Tensor | None) -> bool:
-    """Whether these S² (k,) are, relative to each, what they were in a smaller space."""
-    if before is None or len(before) < len(squares):
-        return False
-    return bool(((squares - before[: len(squares)]).abs() <= CONVERGED * squares).all())
+def left_to_change(spaces: Sequence[Tensor]) -> float:
+    """How much S² (k,) of the last of three growing spaces would yet change, relative to each, at most.
+
+    As in a geometric series, whose ratio the two changes between them have: for Krylov spaces it rather falls.
+    """
+    if len({len(squares) for squares in spaces}) > 1 or len(spaces) < 3:
+        return math.inf
+    before, last = (float(((b - a).abs() / b).max()) for a, b in pairwise(spaces))
+    return last**2 / (before - last) if last < before else 0.0 if last == 0 else math.inf
 
 
 def beside(Y: Tensor, Q: Tensor) -> Tensor:
