@@ -10,6 +10,7 @@ from pathlib import Path
 
 from run import command, slurm
 from run.catalogue import MEASURES
+from run.grid import Sweep, points
 from run.parser import Help, Parser
 from run.presets import (
     DATASETS,
@@ -77,6 +78,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         chosen, _ = _selection().parse_known_args(argv)
         parser.set_defaults(**DEFAULTS | preset(chosen.model, chosen.dataset, chosen.head, chosen.widths))
     given = vars(parser.parse_args(argv))
+    if given.get("sweep"):
+        given = _with_first_values(parser, given, argv)
     stored = stored_flags(parser, given)
     chosen = DEFAULTS | stored | given
     flags = merged(
@@ -98,6 +101,17 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**flags)
     begun = None if args.resume or args.measure or args.list_layers else slurm.run_to_go_on_with(flags_of_run(args))
     return get_args(["--resume", str(begun), *["--quiet"] * args.quiet]) if begun else args
+
+
+def _with_first_values(parser: Parser, given: dict, argv: list[str]) -> dict:
+    """The flags of a sweep's first run, by which flags are found that do not go together."""
+    for axis in given["sweep"]:
+        if axis.flag.replace("-", "_") in given:
+            parser.error(f"argument --sweep: {axis.flag} is given as --{axis.flag}, too")
+    if "resume" in given:
+        parser.error("argument --sweep: not allowed with --resume: the same command as before goes on with a sweep")
+    first = points(given["sweep"], 0)[0]
+    return vars(parser.parse_args([*argv, *first.words])) | {"sweep": given["sweep"]}
 
 
 def _selection() -> argparse.ArgumentParser:
@@ -141,6 +155,9 @@ def _add_run(parser: Parser) -> None:
     add("--tag", nargs="+", metavar="WORD", help="words to find it by, as in `runs.py --where tag=WORD`")
     add("--seed", type=number(int, 0, 2**32 - 1), nargs="+", action=OneOrSeveral, metavar="N",
         help="seed of everything random; several: one run for each, and their means")
+    add("--sweep", nargs="*", action=Sweep, metavar="FLAG VALUE",
+        help="a run for each of these values of a flag (of several: '512 256'; of a switch: yes no); once for each "
+        "flag, with --seed for every combination; the same command goes on with a sweep that ended early")
     add("--accelerator", choices=("auto", "cpu", "gpu"), help="where to compute")
     add("--devices", type=number(int, 1), metavar="N", help="number of devices per machine")
     add("--num-nodes", type=number(int, 1, MAX_NODES), metavar="N", help="number of machines")

@@ -41,10 +41,10 @@ def story(argv: list[str]) -> int:
     with memory_for(args.batch_size), turn(args.log_dir):
         if args.list_layers:
             list_layers(args)
-        elif isinstance(args.seed, list):
+        elif isinstance(args.seed, list) or args.sweep:
             from run.sweep import sweep
 
-            return sweep(args, argv)
+            return sweep(args, argv, get_args)
         elif args.measure:
             measure(args)
         else:

@@ -108,9 +108,7 @@ def _print(runs: Sequence[Listed], args: argparse.Namespace) -> None:
     if not runs:
         _say(f"no run is as --where has it: {' '.join(args.where)}")
         return
-    rows = [[listing.cell(row, name) for name in table.columns] for row in table.rows]
-    is_text = [i for i, name in enumerate(table.columns) if name in listing.WORDS]
-    print(as_text([listing.title(name) for name in table.columns], rows, left=is_text))
+    print(as_text(*listing.texts(table)))
     if table.hidden:
         _say(f"as presets of models have it, these differ too; --columns shows them: {', '.join(table.hidden)}")
 

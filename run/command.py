@@ -1,5 +1,7 @@
 """How the program is called: `python main.py` in a checkout, `master_thesis` where it is installed."""
 
+import functools
+import os
 import sys
 from pathlib import Path
 
@@ -14,3 +16,20 @@ def argv() -> list[str]:
     if PACKAGE:
         return [sys.executable, "-m", f"{PACKAGE}.main"]
     return [sys.executable, str(Path(__file__).parents[1] / "main.py")]
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this is, with a `+` where files differ from it."""
+    import subprocess
+
+    # In a container the checkout is mounted, of an owner whom git does not trust by itself.
+    git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent)]
+    try:
+        # An installed program may lie within somebody else's checkout.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout: an image, which may know, or an archive
+        return os.environ.get("GIT_COMMIT") or None
+    return commit + ("+" if changed.stdout.strip() else "")

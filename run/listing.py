@@ -189,6 +189,12 @@ def is_gap(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
+def texts(table: Table) -> tuple[list[str], list[list[str]], list[int]]:
+    """Titles, cells, and which columns are set to the left."""
+    rows = [[cell(row, name) for name in table.columns] for row in table.rows]
+    return [title(name) for name in table.columns], rows, [i for i, n in enumerate(table.columns) if n in WORDS]
+
+
 def cell(row: dict[str, Any], name: str) -> str:
     """What a person reads in a row under a name."""
     value = row[name]

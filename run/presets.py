@@ -36,6 +36,7 @@ DEFAULTS = {
     "note": None,
     "tag": None,
     "seed": 0,
+    "sweep": None,
     "accelerator": "auto",
     "devices": 1,
     "num_nodes": 1,
@@ -191,7 +192,7 @@ SLOTS_ALONE = {"epochs": 6, "batch_size": 1000, "augment": False}
 POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
 
 # Flags of a single call: they say what to do, not what the run is.
-OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet")
+OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet", "sweep")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "in_memory", "log_dir",
                   "note", "num_nodes", "plots", "slot_update", "strategy", "tag", "target_acc", "threads")  # fmt: skip

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from run.errors import WrongFlag
 
 if TYPE_CHECKING:  # the program starts with this module and must be quick to listen to signals
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+Run = TypeVar("Run")
 
 PORT_STEP = 101  # between runs of one job
 ASKED_BY_SCRIPT = "REQUEUED_BY_SCRIPT"  # the job whose script asks for another turn itself when a run ends with 138
@@ -41,17 +43,22 @@ def started_several() -> bool:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in os.environ
 
 
-def own_share(seeds: Sequence[int]) -> list[int]:
-    """Of several seeds the one of this task, if it is one of an array job; else all of them."""
+def own_share(runs: Sequence[Run]) -> list[Run]:
+    """Of several runs those of this task, if it is one of an array job; else all of them.
+
+    Task i has run i. Where fewer tasks than runs are counted from 0 on, it has every n-th from there, n the tasks.
+    """
     number = os.environ.get("SLURM_ARRAY_TASK_ID")
     if not number:
-        return list(seeds)
-    if int(number) >= len(seeds):
+        return list(runs)
+    if int(number) >= len(runs):
         raise WrongFlag(
             f"argument --seed: task {number} of the array job has no seed: tasks count from 0, so --array=0-"
-            f"{len(seeds) - 1} is for {len(seeds)} seeds"
+            f"{len(runs) - 1} is for {len(runs)} seeds, those of every --sweep counted"
         )
-    return [seeds[int(number)]]
+    first, last, num = (os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "MAX", "COUNT"))
+    counts_from_0 = first == "0" and num is not None and last == str(int(num) - 1)
+    return list(runs[int(number) :: int(num)]) if counts_from_0 else [runs[int(number)]]
 
 
 def port_of_run(number: int) -> dict[str, str]:

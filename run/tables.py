@@ -10,7 +10,7 @@ from typing import Any
 from run.catalogue import MEASURES, column, measure_and_layer, measure_of
 from run.presets import DATASETS
 
-UNSUMMED = ("epoch", "lr", "time/")
+UNSUMMED = ("epoch", "lr", "time/", "checkpoint")
 MOST_CLASSES = 12  # that the banner names
 
 
@@ -78,12 +78,19 @@ def closing(rows: Sequence[Mapping[str, str]], layers: Sequence[str]) -> str:
 
 def measure_table(first: Mapping[str, str], last: Mapping[str, str], layers: Sequence[str]) -> str:
     """Per layer what the measures gave first and last, as `first → last`; empty where nothing was measured."""
+    header, rows = measure_cells(first, last, layers)
+    return table(header, rows) if rows else ""
+
+
+def measure_cells(
+    first: Mapping[str, str], last: Mapping[str, str], layers: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """The same as titles and cells."""
     shown = titles(last, layers)
     if not shown:
-        return ""
+        return [], []
     header = [f"epoch {_course(first, last, 'epoch')}", *shown.values()]
-    cells = [[layer, *(_course(first, last, f"{name}/{layer}") for name in shown)] for layer in layers]
-    return table(header, cells)
+    return header, [[layer, *(_course(first, last, f"{name}/{layer}") for name in shown)] for layer in layers]
 
 
 def titles(row: Mapping[str, str], layers: Sequence[str]) -> dict[str, str]:

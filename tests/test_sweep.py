@@ -1,9 +1,11 @@
-"""Several seeds: a run each, no failure stops the rest, the means are right, an array job shares them out."""
+"""Sweeps: a run each, no failure stops the rest, the same command goes on, means are right, array jobs share out."""
 
+import csv
 import fcntl
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -14,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
+from made_runs import change_flags
 from processes import ROOT
 
 from figures.runs import load
@@ -21,8 +25,13 @@ from figures.settings import compare
 from flags import get_args
 from main import main
 from run import sweep
-from run.slurm import port_of_run
-from run.sweep import command
+from run.earlier import EarlierRuns, can_go_on, is_finished
+from run.grid import points
+from run.kept_means import last_row, means_csv
+from run.listed import Listed
+from run.presets import flags_of_run
+from run.run_folder import RunFolder
+from run.slurm import own_share, port_of_run
 from run.tables import seeds_table
 
 LOGS = Path("lightning_logs")
@@ -112,11 +121,18 @@ def test_seeds_may_stand_in_a_config_file(tmp_path):
     assert get_args(["-c", "flags.yaml", "--seed", "7"]).seed == 7
 
 
+def argv_of(argv, stem, **wanted):
+    """The command line of the one run that is wanted among those of a command."""
+    args = get_args(argv)
+    (point,) = [p for p in points(args.sweep or [], args.seed) if dict((*p.values, ("seed", p.seed))) == wanted]
+    return point.argv(argv, stem)
+
+
 def test_the_command_of_a_seed_means_that_seed_and_a_name_of_its_own():
     argv = ["-e", "2", "--seed", "0", "1", "--name", "mine"]
-    args = get_args(command(argv, "mine", 1)[2:])
+    args = get_args(argv_of(argv, "mine", seed=1))
     assert (args.seed, args.name, args.epochs) == (1, "mine_seed1", 2)
-    assert get_args(command(argv[:-2], None, 1)[2:]).name is None
+    assert get_args(argv_of(argv[:-2], None, seed=1)).name is None
 
 
 def test_means_and_deviations_by_hand():
@@ -250,4 +266,190 @@ def test_a_signal_reaches_the_seed_that_runs_and_ends_the_sweep(number, status, 
     _, text = process.communicate(timeout=20)
     assert process.returncode == status and sorted(os.listdir("runs")) == ["1"]
     if number == signal.SIGINT:
-        assert text == "main.py: ended by Ctrl-C; finished are seeds 1 of 1 2 3\n"
+        assert text == "main.py: ended by Ctrl-C; finished are seeds 1 of 1 2 3; the same command goes on\n"
+
+
+# Sweeps over other flags
+
+
+@pytest.fixture
+def training(tmp_path, monkeypatch):
+    """A program in place of `main.py` that leaves a run's folder as that does: what came out is learning rate + seed.
+
+    A file `stop` ends it, after its first epoch, by a kill.
+    """
+    program = tmp_path / "training.py"
+    program.write_text(TRAINING)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(sweep.program, "argv", lambda: [sys.executable, str(program)])
+    monkeypatch.setattr(sweep.program, "commit", lambda: "c0ffee" * 6)
+
+    def calls():
+        return [shlex.split(line) for line in Path("calls").read_text().splitlines()] if Path("calls").exists() else []
+
+    return calls
+
+
+TRAINING = """
+import os, pathlib, shlex, signal, sys, yaml
+from flags import get_args
+from run.presets import flags_of_run
+with open("calls", "a") as file:
+    file.write(shlex.join(sys.argv[1:]) + "\\n")
+args = get_args(sys.argv[1:])
+logs = pathlib.Path(args.log_dir)
+folder = pathlib.Path(args.resume or logs / (args.name or f"version_{len(list(logs.glob('version_*')))}"))
+folder.mkdir(parents=True, exist_ok=bool(args.resume))
+facts = {"git_commit": "c0ffee" * 6, "started": "2026-01-01T00:00:00+00:00"}
+(folder / "hparams.yaml").write_text(yaml.safe_dump(flags_of_run(args) | {"provenance": facts}))
+score = args.learning_rate + args.seed
+(folder / "metrics.csv").write_text(f"epoch,test_acc,x\\n0,0,\\n1,{score},\\n")
+if pathlib.Path("stop").exists():
+    pathlib.Path("stop").unlink()
+    signal.raise_signal(signal.SIGKILL)
+(folder / "metrics.csv").write_text(f"epoch,test_acc,x\\n0,0,\\n1,0.5,\\n2,{score},3\\n")
+(folder / "checkpoints").mkdir()
+os.write(int(os.environ["NOTE_OF_RESULTS"]), bytes(folder))
+"""
+GRID = ["-e", "2", "--sweep", "learning-rate", "0.5", "0.25", "--seed", "0", "1", "4"]
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_combination_runs_once_and_the_means_of_each_setting_are_kept(training, capfd):
+    assert main([*GRID, "--name", "g"]) == 0
+    names = [f"g_learning-rate{rate}_seed{seed}" for rate in ("0.5", "0.25") for seed in (0, 1, 4)]
+    assert sorted(path.name for path in LOGS.iterdir()) == sorted([*names, "g_means.csv"])
+    assert [hparams(LOGS / name, "learning_rate", "seed") for name in names] == [
+        [rate, seed] for rate in (0.5, 0.25) for seed in (0, 1, 4)
+    ]
+    rows = [row for row in rows_of(LOGS / "g_means.csv") if row["column"] == "test_acc"]
+    assert [[row["learning-rate"], row["seeds"]] for row in rows] == [["0.5", "3"], ["0.25", "3"]]
+    for row, rate in zip(rows, (0.5, 0.25), strict=True):
+        figures = [float(row[name]) for name in ("mean", "std", "lowest", "highest")]
+        assert figures == [pytest.approx(rate + 5 / 3), pytest.approx((13 / 3) ** 0.5), rate, rate + 4]
+    told = capfd.readouterr().out
+    assert "learning-rate 0.25, seed 4, 6 of 6" in told and "means in lightning_logs/g_means.csv" in told
+    assert [line.split()[:5] for line in told.splitlines() if line.startswith("MLP")] == [
+        ["MLP", "SZT", rate, "3", "3"] for rate in ("0.5", "0.25")
+    ]
+
+
+def hparams(folder, *names):
+    content = yaml.safe_load((folder / "hparams.yaml").read_text())
+    return [content[name] for name in names]
+
+
+@pytest.mark.parametrize("name", [[], ["--name", "g"]])
+def test_the_same_command_skips_what_is_done_and_goes_on_with_what_was_killed(training, capfd, name):
+    Path("stop").touch()  # the first one is killed, the others finish
+    assert main([*GRID, *name]) == 1
+    assert len(training()) == 6 and "learning-rate 0.5, seed 0 failed with exit status 137" in capfd.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in LOGS.glob("*/metrics.csv")}
+    assert main([*GRID, *name, "--threads", "1", "--note", "again"]) == 0
+    (line,) = training()[6:]
+    killed = "g_learning-rate0.5_seed0" if name else "version_0"
+    assert line == ["--resume", f"lightning_logs/{killed}", "--note=again", "--threads=1"]
+    changed = {path.parent.name for path, time_ in before.items() if path.stat().st_mtime_ns != time_}
+    assert changed == {killed} and len(before) == 6
+    told = capfd.readouterr().out
+    assert told.count("done already in lightning_logs/") == 5 and f"goes on in lightning_logs/{killed}" in told
+    (means,) = LOGS.glob("*_means.csv")
+    assert {row["seeds"] for row in rows_of(means)} == {"3"}
+    more = [word for word in GRID if word != "4"]
+    assert main([*more, "5", *name]) == 0  # another seed joins the others, in the same file
+    assert len(training()) == 9 and list(LOGS.glob("*_means.csv")) == [means]
+
+
+def test_what_goes_on_elsewhere_and_what_cannot_go_on_without_loss_is_left_alone(training, capfd):
+    assert main(["-e", "2", "--seed", "0", "1", "4"]) == 0
+    folder = LOGS / "version_1"
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    with RunFolder(folder):
+        assert main(["-e", "2", "--seed", "0", "1", "4"]) == 0
+        assert "seed 1, 2 of 3: goes on in lightning_logs/version_1, in another process" in capfd.readouterr().out
+    change_flags(folder, epochs=3)  # of three epochs two are done, and no checkpoint is left to go on from
+    change_flags(LOGS / "version_0", epochs=3)
+    (LOGS / "version_0" / "checkpoints" / "last.ckpt").write_text("of an epoch")
+    earlier = EarlierRuns(LOGS).find(flags_of_run(get_args(["-e", "3", "--seed", "0"])))
+    assert earlier.folder == LOGS / "version_0" and not is_finished(earlier) and can_go_on(earlier)
+    earlier = EarlierRuns(LOGS).find(flags_of_run(get_args(["-e", "3", "--seed", "1"])))
+    assert earlier is None and (folder / "metrics.csv").read_text().splitlines() == lines
+
+
+def test_a_run_killed_between_its_last_row_and_its_last_checkpoint_is_not_finished(training):
+    assert main(["-e", "2", "--seed", "0", "1"]) == 0
+    folder = LOGS / "version_0"
+    assert is_finished(Listed(folder))
+    (folder / "checkpoints" / "last.ckpt").touch()
+    assert is_finished(Listed(folder))
+    os.utime(folder / "checkpoints" / "last.ckpt", (1, 1))
+    assert not is_finished(Listed(folder))
+
+
+def test_runs_by_another_commit_are_said_to_be(training, capfd, monkeypatch):
+    assert main(["-e", "2", "--seed", "0", "1"]) == 0
+    monkeypatch.setattr(sweep.program, "commit", lambda: "decaf" * 8)
+    assert main(["-e", "2", "--seed", "0", "1"]) == 0
+    assert "done already in lightning_logs/version_0 (by commit c0ffeec0f; this is decafdeca)" in capfd.readouterr().out
+
+
+def test_tasks_of_an_array_share_the_runs_out_and_the_last_one_keeps_the_means_of_all(training, monkeypatch):
+    for name, value in {"MIN": "0", "MAX": "3", "COUNT": "4"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    for task in range(4):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        assert main([*GRID, "--name", "g"]) == 0
+    assert len(training()) == 6
+    assert {row["seeds"] for row in rows_of(LOGS / "g_means.csv")} == {"3"}
+    assert own_share(list(range(6))) == [3]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert own_share(list(range(6))) == [1, 5]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")  # some tasks submitted again have their own runs
+    assert own_share(list(range(6))) == [1]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--sweep", "lerning-rate", "1"], "argument --sweep: there is no flag 'lerning-rate', perhaps learning-rate"),
+        (["--sweep", "learning-rate"], "argument --sweep: learning-rate has no values: --sweep learning-rate VALUE…"),
+        (["--sweep", "lr", "0.1", "-lr", "0.2"], "learning-rate is given as --learning-rate, too"),
+        (["--sweep", "lr", "1", "--sweep", "learning_rate", "2"], "argument --sweep: learning-rate comes twice"),
+        (["--sweep", "lr", "1", "1"], "argument --sweep: learning-rate 1 comes twice"),
+        (["--sweep", "lr", "0.01", "1e-2"], "learning-rate 0.01, seed 0 and learning-rate 1e-2, seed 0 are the same"),
+        (["--sweep", "lr", "0.1", "fast"], "argument -lr/--learning-rate: 'fast' is not a number"),
+        (["--sweep", "batch-norm", "yes", "perhaps"], "batch-norm is a switch, yes or no, not 'perhaps'"),
+        (["--sweep", "seed", "1", "2"], "for several seeds give --seed several values"),
+        (["--sweep", "log-dir", "a", "b"], "argument --sweep: --log-dir is one for all runs"),
+        (["--sweep", "model", "MLP", "ResNet"], "argument -m/--model: ResNet needs images"),
+    ],
+)
+def test_wrong_sweeps_are_refused_before_anything_runs(training, capfd, words, text):
+    try:
+        status = main(words)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2 and text in capfd.readouterr().err and not training() and not LOGS.exists()
+
+
+def test_flags_of_several_words_switches_and_models_can_be_swept():
+    argv = ["--sweep", "widths", "5 4", "6", "--sweep", "batch-norm", "yes", "no", "-d", "MNIST"]
+    args = get_args(argv_of(argv, "n", widths="5 4", **{"batch-norm": "no"}, seed=0))
+    assert (args.widths, args.batch_norm, args.name) == ([5, 4], False, "n_widths5-4_batch-normno_seed0")
+    assert args.sweep is None
+    # The bare command's data have no images: what is refused is what no run asks for.
+    argv = ["-m", "MNISTNet", "--sweep", "dataset", "MNIST", "FashionMNIST"]
+    assert get_args(argv).dataset == "MNIST"
+    assert get_args(argv_of(argv, None, dataset="FashionMNIST", seed=0)).dataset == "FashionMNIST"
+
+
+def test_means_leave_out_the_row_that_sums_up_other_rows(tmp_path):
+    """As `--measure A.ckpt B.ckpt` leaves it: the average has no epoch, and its checkpoint is no number."""
+    (tmp_path / "metrics.csv").write_text("epoch,test_acc,checkpoint,y\n1,0.5,a.ckpt,\n2,0.75,b.ckpt,\n,,average,7\n")
+    assert last_row(tmp_path / "metrics.csv") == {"epoch": "2", "test_acc": "0.75", "checkpoint": "b.ckpt"}
+    lines = means_csv([((), seed, tmp_path) for seed in (0, 1)]).splitlines()
+    assert lines == ["column,seeds,mean,std,lowest,highest", "test_acc,2,0.75,0.0,0.75,0.75"]

@@ -106,7 +106,7 @@ def test_a_sweep_leaves_it_to_the_seed_that_ran_what_the_turn_was_worth(monkeypa
     from flags import get_args
 
     with pytest.raises(Interrupted) as caught:
-        sweep.sweep(get_args(["--seed", "1", "2", "--quiet"]), [])
+        sweep.sweep(get_args(["--seed", "1", "2", "--quiet"]), [], get_args)
     assert caught.value.has_advanced
 
 
