@@ -2,6 +2,7 @@
 
     python plots.py lightning_logs/version_3                  every figure of one run, in plots/
     python plots.py lightning_logs -o paper --format pdf      all runs: seeds averaged, settings side by side
+    python plots.py lightning_logs --html report.html         one page: a table of the runs, the figures, the flags
 
 From Python, or in `plots.ipynb`: `plots.nc1_over_depth(plots.load(["lightning_logs/version_3"]))`.
 
@@ -40,6 +41,7 @@ from figures.looks import families
 from figures.pages import write
 from figures.range_test import lr_range_test
 from figures.rank import rank_over_depth, rank_over_epochs
+from figures.report import write_report
 from figures.runs import Run, load
 from figures.settings import compare
 from figures.similarity import cka_between_epochs, cka_between_runs
@@ -74,6 +76,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder that holds such folders")
     add("-o", "--output", default="plots", metavar="FOLDER", help="where to write (default: plots)")
+    add("--html", metavar="FILE", help="instead one page with a table of the runs and all figures, such as report.html")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="file format (default: png)")
     return parser.parse_args(argv)
 
@@ -83,7 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters that a path has
     try:
-        _write_all(load(args.runs, say=_say), Path(args.output), args.format)
+        runs = load(args.runs, say=_say)
+        if args.html:
+            print(write_report(runs, _drawn(runs), Path(args.html)))
+        else:
+            for name, figure in _drawn(runs):
+                print(write(figure, Path(args.output) / f"{name}.{args.format}"), flush=True)
     except UserError as error:
         _say(f"error: {error}")
         return 1
@@ -120,14 +128,15 @@ def _file_name(measure: str) -> str:
     return re.sub("[^A-Za-z0-9_.-]", "_", measure.replace("*", "each"))
 
 
-def _write_all(runs: Sequence[Run], folder: Path, file_format: str) -> None:
+def _drawn(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
+    """The figures that show something, by name; says which do not, and what all of them leave out."""
     left_out = compare(runs).left_out
     if left_out:
         _say(f"every figure shows {left_out}")
     missing = []
     for name, figure in figures(runs):
         if shows_something(figure):
-            print(write(figure, folder / f"{name}.{file_format}"), flush=True)
+            yield name, figure
         else:
             missing.append(name)
     if missing:

@@ -13,6 +13,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 PACKAGE = "master_thesis"
 FOLDERS = ("figures", "measures", "run")
+KINDS = ("*.py", "*.html")
 OWN = {path.stem for path in ROOT.glob("*.py")} - {"setup"} | set(FOLDERS)  # names that mean modules of this program
 
 
@@ -24,7 +25,8 @@ class OnePackage(build_py):
         for source in sources():
             copy = target / source.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(within_package(source.read_text(encoding="utf-8")), encoding="utf-8")
+            text = source.read_text(encoding="utf-8")
+            copy.write_text(within_package(text) if source.suffix == ".py" else text, encoding="utf-8")
         (target / "__init__.py").write_text(f'"""{self.distribution.metadata.description}."""\n', encoding="utf-8")
 
     def get_source_files(self) -> list[str]:
@@ -33,9 +35,9 @@ class OnePackage(build_py):
 
 
 def sources() -> list[Path]:
-    """All modules of the program."""
+    """All modules of the program, and the pages that they fill in."""
     top = [path for path in sorted(ROOT.glob("*.py")) if path.stem != "setup"]
-    return top + [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+    return top + [path for folder in FOLDERS for kind in KINDS for path in sorted((ROOT / folder).glob(kind))]
 
 
 def within_package(code: str) -> str:

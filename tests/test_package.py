@@ -48,8 +48,9 @@ def test_all_of_it_lies_under_one_name(installed):
         "master_thesis_plots",
         "master_thesis_runs",
     }
-    modules = {str(path.relative_to(installed / "master_thesis")) for path in installed.glob("master_thesis/**/*.py")}
-    assert modules == {str(path.relative_to(ROOT)) for path in building.sources()} | {"__init__.py"}
+    package = installed / "master_thesis"
+    files = {str(path.relative_to(package)) for path in package.glob("**/*") if path.suffix in (".py", ".html")}
+    assert files == {str(path.relative_to(ROOT)) for path in building.sources()} | {"__init__.py"}
 
 
 def test_the_commands_train_several_seeds_and_draw_them(installed, tmp_path):
