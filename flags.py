@@ -18,6 +18,7 @@ from run.presets import (
     FIRST_CONVS,
     HEADS,
     IMAGE_MODELS,
+    LOGGERS,
     LOSSES,
     MODELS,
     NONLINEARITIES,
@@ -173,6 +174,7 @@ def _add_run(parser: Parser) -> None:
     add("--save-every", type=number(int, 1), metavar="K", help="keep a checkpoint of every K-th epoch as well")
     add("--keep-going", action=argparse.BooleanOptionalAction, help="go on when the loss is nan or infinite")
     add("--plots", action=argparse.BooleanOptionalAction, help="leave summary.png in the run's folder")
+    add("--logger", nargs="+", choices=LOGGERS, help="pass on what metrics.csv gets, and the summary, to these as well")
     add("--quiet", action="store_true", help="for batch jobs: nothing but warnings, errors and where the results lie")
 
 

@@ -59,6 +59,7 @@ def train(args: Namespace) -> None:
     from run.between_steps import between_steps
     from run.checkpoints import read_checkpoint
     from run.console import Console
+    from run.loggers import Loggers, refuse_missing
     from run.lr_range_test import lr_range_test
     from run.presets import flags_of_run
     from run.record import RunRecord
@@ -66,6 +67,7 @@ def train(args: Namespace) -> None:
     from run.tables import banner
     from run.trainer import new_trainer
 
+    refuse_missing(args.logger)
     flags = flags_of_run(args)
     data = load_data(args)
     module = new_classifier(flags, data)
@@ -102,6 +104,7 @@ def train(args: Namespace) -> None:
             draw(folder, "lr_range_test", console)
         if args.lr_range_test == "only":
             return
+        record.loggers = Loggers(args.logger, folder, flags)
         trainer = new_trainer(args, callbacks=callbacks, num_sanity_val_steps=0 if folder.checkpoint else -1)
         trainer.fit(module, datamodule=data, ckpt_path=folder.checkpoint)
         conclude(args, record, layers, console)
@@ -114,12 +117,14 @@ def measure(args: Namespace) -> None:
     from classifier import SavedNetworks
     from run.checkpoints import checkpoints_in
     from run.console import Console
+    from run.loggers import Loggers, refuse_missing
     from run.presets import flags_of_run
     from run.record import RunRecord
     from run.run_folder import RunFolder
     from run.tables import banner
     from run.trainer import new_trainer, use_threads
 
+    refuse_missing(args.logger)
     files = checkpoints_in(args.measure)
     data = load_data(args)
     networks = SavedNetworks(files, data.dataset.shape, data.dataset.num_classes, args.precision == "64-true")
@@ -136,7 +141,7 @@ def measure(args: Namespace) -> None:
     with RunFolder.of(args, us) as folder, folder.places(networks.epochs) as places:
         console.say(banner(args, about, folder.path))
         folder.write_hparams(flags_of_run(args) | {"loss": module.hparams.loss}, about)
-        record = RunRecord(folder)
+        record = RunRecord(folder, loggers=Loggers(args.logger, folder, flags_of_run(args)))
         measures_in = {place: utils.measures(args, layers, place, console) for place in places}
         for i, (place, epoch) in enumerate(zip(places, networks.epochs, strict=True)):
             module, measures = networks[i], measures_in[place]
@@ -187,19 +192,24 @@ def conclude(args: Namespace, record: RunRecord, layers: list[str], console: Con
         if args.plots and rise([int(row["epoch"]) for row in rows]):
             pictures = [name for about in MEASURES if about.is_asked(vars(args)) for name in about.pictures]
             for figure in ["summary", *pictures]:
-                draw(folder, figure, console)
+                path = draw(folder, figure, console)
+                if path:
+                    record.loggers.figure(path, int(rows[-1]["epoch"]))
+        record.loggers.close()
         print(f"results in {folder.path}")
         note_results(folder.path)
 
 
-def draw(folder: RunFolder, figure: str, console: Console) -> None:
-    """Leave one of the figures of `plots.py` in a run's folder, if there is something to show."""
+def draw(folder: RunFolder, figure: str, console: Console) -> Path | None:
+    """Leave one of the figures of `plots.py` in a run's folder, if there is something to show; its file."""
     import plots
 
     drawn = getattr(plots, figure)(plots.load([folder.path])) if folder.is_ours else None
-    if drawn and plots.shows_something(drawn):
-        path = plots.write(drawn, folder.path / f"{figure}.png")
-        console.say(f"{figure.replace('_', ' ')} in {path}")
+    if not (drawn and plots.shows_something(drawn)):
+        return None
+    path = plots.write(drawn, folder.path / f"{figure}.png")
+    console.say(f"{figure.replace('_', ' ')} in {path}")
+    return path
 
 
 def list_layers(args: Namespace) -> None:

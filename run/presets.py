@@ -23,6 +23,7 @@ HEADS = ("linear", "prototypes", "slots")
 POOLS = ("softmax", "max")
 NORMS = ("batch", "iternorm", "percentile")
 FIRST_CONVS = ("plain", "scaled", "perspective", "projective")
+LOGGERS = ("tensorboard", "wandb")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 
 DEFAULTS = {
@@ -50,6 +51,7 @@ DEFAULTS = {
     "save_every": None,
     "keep_going": False,
     "plots": True,
+    "logger": None,
     "quiet": False,
     # data
     "dataset": "SZT",
@@ -195,8 +197,8 @@ POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
 OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet", "sweep")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "in_memory", "log_dir",
-                  "note", "num_nodes", "plots", "slot_update", "strategy", "tag", "target_acc", "threads")  # fmt: skip
-OF_SEVERAL = ("tag", "seed", "classes", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
+                  "logger", "note", "num_nodes", "plots", "slot_update", "strategy", "tag", "target_acc", "threads")  # fmt: skip
+OF_SEVERAL = ("tag", "logger", "seed", "classes", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
               *(about.flag for about in MEASURES if "nargs" in about.takes),
               *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip
 

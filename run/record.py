@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from run.errors import UserError
 from run.files import same_file, write_whole
+from run.loggers import Loggers
 
 if TYPE_CHECKING:
     from run.run_folder import RunFolder
@@ -34,8 +35,16 @@ class RunRecord(Checkpoint):
     of equals. Lightning runs a `Checkpoint` after all other callbacks; this one relies on it.
     """
 
-    def __init__(self, folder: RunFolder, *, save_every: int | None = None, going_on: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        save_every: int | None = None,
+        going_on: Callable[[], None] | None = None,
+        loggers: Loggers | None = None,
+    ):
         self.folder = folder
+        self.loggers = loggers or Loggers(None, folder, {})
         self.save_every = save_every
         self.going_on = going_on  # called when a resumed run has taken in its checkpoint
         self.table = folder.table("metrics.csv", FIRST_COLUMNS)
@@ -89,6 +98,7 @@ class RunRecord(Checkpoint):
             row["time/epoch"] = seconds - sum(times.values())  # what training and testing took, without measures
         if trainer.is_global_zero:
             self.table.add(row | times)
+            self.loggers.row(epoch, row | times)
 
     def write_average(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         """A row without an epoch for what was found of all networks together, if anything was."""
