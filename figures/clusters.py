@@ -23,6 +23,7 @@ AGREEMENT = ("coverage", "purity", "purity_all", "homogeneity", "ami")
 KEPT = ("clusters/directions", "clusters/alignment", "cka")
 MAX_MATRICES = 6  # layers whose alignment, or maps, a page shows
 MAX_MAPS = 3  # epochs
+NO_MAPS = "There are no maps; main.py makes them with --clusters --tsne."
 
 
 @styled
@@ -117,7 +118,7 @@ def tsne_maps(
     in no cluster is grey. A picture only: t-SNE keeps neighbours, neither distances nor sizes. Of one run: the first
     that has maps.
     """
-    split = split or kept.split_of(runs, "clusters/directions")
+    split = split or kept.split_of(runs, "clusters/directions", NO_MAPS)
     comparison = compare(runs)
     run, setting = _first_with_maps(comparison, split)
     shown = chosen_epochs(kept.kept_epochs([run]), epochs, MAX_MAPS, np.linspace)
@@ -148,7 +149,7 @@ def _first_with_maps(comparison: Comparison, split: str) -> tuple[Run, Setting]:
             epochs = kept.kept_epochs([run])
             if epochs and kept.read(run, epochs[-1], (f"mapped/{split}",))[0]:
                 return run, setting
-    raise NothingToDraw("There are no maps. main.py makes them with --clusters --tsne.")
+    raise NothingToDraw(NO_MAPS)
 
 
 def _label_outer(ax: Axes, axes: np.ndarray, x: str, y: str) -> None:

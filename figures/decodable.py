@@ -58,7 +58,7 @@ def head_losses(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None) 
     comparison = compare(runs)
     settings = [setting for setting in comparison.settings if setting.head_epochs]
     if not settings:
-        raise NothingToDraw("No losses of DIB heads were kept (dib.csv). main.py keeps them with --dib.")
+        raise NothingToDraw("No losses of DIB heads were kept (dib.csv); main.py keeps them with --dib.")
     measured = sorted({epoch for setting in settings for epoch in setting.head_epochs})
     chosen = chosen_epochs(measured, epochs, 3, np.linspace)
     heading = comparison.heading("Training of the DIB heads", lacking=len(comparison.settings) - len(settings))

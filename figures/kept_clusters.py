@@ -14,15 +14,15 @@ from figures.settings import Setting, compare
 from figures.style import NothingToDraw
 
 MEASURE = "clusters"
-NOT_THERE = "The run's arrays, clusters.npz, are not there."
+NOT_THERE = "The run's arrays, clusters.npz, are not there; main.py keeps them with --clusters."
 
 
-def split_of(runs: Run | Sequence[Run], family: str) -> str:
-    """The set of which there is this measure: the test set if there is one."""
+def split_of(runs: Run | Sequence[Run], family: str, lacking: str = "") -> str:
+    """The set of which there is this measure: the test set if there is one. `lacking` says that there is none."""
     settings = compare(runs).settings
     found = [split for split in reversed(SPLITS) if any(setting.has(f"{family}/{split}") for setting in settings)]
     if not found:
-        raise NothingToDraw(not_measured([f"{family}/{split}" for split in reversed(SPLITS)]))
+        raise NothingToDraw(lacking or not_measured([f"{family}/{split}" for split in reversed(SPLITS)]))
     return found[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from figures.style import plain
-from run.catalogue import MEASURES, Column, column, measure_of
+from run.catalogue import MEASURES, About, Column, column, measure_of
 
 RANKS = ("numerical", "stable", "effective")
 OF_TRAINING = {
@@ -69,6 +69,11 @@ def family_of(measure: str) -> str:
 
 def not_measured(measures: list[str]) -> str:
     """A sentence that names what a figure lacks, and the flags that measure it."""
-    names = ", ".join(plain(measure) for measure in measures)
-    flags = dict.fromkeys(f"--{about.flag}" for about in map(measure_of, measures) if about)
-    return f"Not measured: {names}" + (f". main.py measures it with {' '.join(flags)}." if flags else ".")
+    names = ", ".join(plain(name) for name in dict.fromkeys(map(family_of, measures)))
+    flags = dict.fromkeys(_flag_of(about, measures) for about in map(measure_of, measures) if about)
+    return f"Not measured: {names}" + (f"; main.py measures it with {' '.join(flags)}." if flags else ".")
+
+
+def _flag_of(about: About, measures: list[str]) -> str:
+    """The flag that asks for a measure; of what is looked at, with the first of the gradients as an example."""
+    return f"--{about.flag}" + (" gradients" if about.name == "look" and "grad" in measures[0] else "")

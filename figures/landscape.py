@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LANDSCAPE, PERTURB = "landscape", "perturb"
-NO_LANDSCAPE = "There are no landscapes of the loss. main.py measures them with --landscape."
-NO_NOISE = "Nothing was perturbed. main.py adds noise and removes channels with --perturb."
-NO_CHANNELS = "No channel was taken out. main.py does so with --perturb --perturb-channels."
+NO_LANDSCAPE = "There are no landscapes of the loss; main.py measures them with --landscape."
+NO_NOISE = "Nothing was perturbed; main.py adds noise and removes channels with --perturb."
+NO_CHANNELS = "No channel was taken out; main.py does so with --perturb --perturb-channels."
 IN_WORDS = {"eig1": "first eigenvector", "eig2": "second eigenvector", "random": "random, by filter"}
 MAX_EPOCHS = 2
 MAX_LINES = 12  # of equal loss
@@ -71,7 +71,7 @@ def landscape_maps(runs: Run | Sequence[Run], epochs: Sequence[int] | None = Non
     setting, run = _first_run(comparison.settings)
     maps = list(_maps_of(run, epochs))
     if not maps:
-        raise NothingToDraw("There are no maps of the loss. main.py measures them with --landscape --landscape-map 21.")
+        raise NothingToDraw("There are no maps of the loss; main.py measures them with --landscape --landscape-map 21.")
     heading = comparison.heading_of(setting, "Maps of the loss")
     figure, axes = new_page(1, len(maps), heading, width=3.4, height=3.2)
     for ax, of in zip(axes.flat, maps, strict=True):

@@ -42,7 +42,7 @@ ROUNDING = 1e-14  # of the largest eigenvalue: what is below is none
 SMOOTHING = 0.1  # decades: the width of a Gaussian, and of a histogram's bins
 NEAR_ZERO = 1e-4  # of the largest |λ|: within, the axis is linear
 DECADES = 7  # of density below its peak that a panel shows where it comes from probes
-NO_HESSIAN = "No Hessian or kernel was looked at. main.py looks at one with --look hessian (or ntk)."
+NO_HESSIAN = "No Hessian or kernel was looked at; main.py looks at one with --look hessian."
 
 
 @styled
@@ -84,7 +84,7 @@ def look_over_epochs(runs: Run | Sequence[Run], statistics: Sequence[str] | None
     lines = _lines(settings)
     kinds = [kind for kind in statistics or looks.statistics(settings) if set(looks.names(settings, kind)) & set(lines)]
     if not kinds:
-        raise NothingToDraw("Nothing was looked at. main.py looks at what stands after --look.")
+        raise NothingToDraw("Nothing was looked at; main.py looks at gradients, for one, with --look gradients.")
     left_out = len(looks.names(settings)) - len(lines)
     title = "What was looked at, over epochs" + (f" ({left_out} tensors or layers: see heat maps)" if left_out else "")
     draw = _Statistics(lines)
@@ -108,7 +108,7 @@ def ntk_spectrum(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None)
     comparison = compare(runs)
     found = [name for name in looks.names(comparison.settings, "eig1") if name.startswith("grad-")]
     if not found:
-        raise NothingToDraw("No kernel was looked at. main.py looks at one with --look ntk.")
+        raise NothingToDraw("No kernel was looked at; main.py looks at one with --look ntk.")
     draw = _Decay(looks.maths(comparison.settings), epochs)
     measures = [f"look/{name}/eig1" for name in found[:MAX_ROWS]]
     options = {"share": False, "sums_up": False, "height": 2.6, "legend": epoch_legend}
@@ -146,7 +146,7 @@ class _Spectra:
                     self.found[setting, name] = {epoch: d for epoch, d in densities.items() if d.probes}
         self.measures = [f"look/{name}/eig1" for name in names if self._all_of(name)]
         if not self.measures:
-            raise NothingToDraw("The run's arrays, look.npz, are not there.")
+            raise NothingToDraw("The run's arrays, look.npz, are not there; main.py keeps them with --look.")
 
     def __call__(self, ax: Axes, setting: Setting, measure: str) -> None:
         name = _name(measure)

@@ -39,7 +39,7 @@ def matrices(
     blocks, which the title says.
     """
     comparison = compare(runs)
-    lacking = "No matrix was kept. main.py keeps those it builds with --look … --look-arrays."
+    lacking = "No matrix was kept; main.py keeps those it builds with --look hessian --look-arrays."
     setting, found = looks.first_with(comparison.settings, "matrix", lacking)
     chosen = _chosen([name.split("/")[0] for name in found], names)
     run = next(run for run in setting.runs if kept.epochs_of(run, MEASURE))
@@ -68,7 +68,7 @@ def gradient_cosines(
     quantities; means over the runs of one setting: of several settings, the first.
     """
     comparison = compare(runs)
-    lacking = "There are no cosines between groups. main.py looks at them with --look gradients --look-by class."
+    lacking = "There are no cosines between groups; main.py looks at them with --look gradients --look-by class."
     setting, found = looks.first_with(comparison.settings, r"cosines/\w+", lacking)
     chosen = _chosen(found, names)
     shown_epochs = chosen_epochs(kept.epochs(setting, MEASURE), epochs, 2, np.linspace)
@@ -93,7 +93,7 @@ def jacobian_singular_values(runs: Run | Sequence[Run], epochs: Sequence[int] | 
     comparison = compare(runs)
     found = looks.names(comparison.settings, "sample_spectral")
     if not found:
-        raise NothingToDraw("No Jacobian was looked at. main.py looks at one with --look jacobian.")
+        raise NothingToDraw("No Jacobian was looked at; main.py looks at one with --look jacobian.")
     draw = _Jacobian(looks.maths(comparison.settings), epochs)
     measures = [f"look/{name}/sample_spectral" for name in found[:MAX_MATRICES]]
     options = {"share": False, "sums_up": False, "height": 2.6, "legend": epoch_legend}
@@ -111,7 +111,7 @@ def path(runs: Run | Sequence[Run]) -> Figure:
     first run.
     """
     settings = compare(runs).settings
-    lacking = "There is no path of the parameters. main.py keeps it with --look theta."
+    lacking = "There is no path of the parameters; main.py keeps it with --look theta."
     _, found = looks.first_with(settings, "path", lacking)
     measures = [f"look/{name.split('/')[0]}/distance" for name in _chosen(found, None)]
     draw = _Path(looks.maths(settings))

@@ -27,7 +27,7 @@ def lr_range_test(runs: Run | Sequence[Run]) -> Figure:
     tested = {setting: runs for setting, runs in tested.items() if runs}
     if not tested:
         raise NothingToDraw(
-            "No learning-rate range test was made (lr_range_test.csv). main.py makes it with --lr-range-test."
+            "No learning-rate range test was made (lr_range_test.csv); main.py makes it with --lr-range-test."
         )
     lacking = len(comparison.settings) - len(tested)
     heading = comparison.heading("Learning-rate range test", sums_up=False, lacking=lacking)

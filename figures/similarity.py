@@ -125,7 +125,7 @@ def cka_between_epochs(
     shown = chosen_epochs(kept.epochs_of(setting), epochs, MAX_EPOCHS, np.geomspace)
     whole = [run for run in setting.runs if {*shown} <= {*kept.kept_epochs([run])}]
     if len(shown) < 2 or not whole:
-        raise NothingToDraw("CKA between epochs needs a run that kept the arrays, clusters.npz, of two epochs.")
+        raise NothingToDraw("CKA between epochs needs two that were kept; main.py keeps them with --clusters.")
     layers = thin(_layers(whole[0], split), MAX_LAYERS)
     of_scores = _of_scores([(run, epoch) for run in whole for epoch in shown], split)
     heading = [comparison.heading_of(setting, f"CKA between epochs, {split} set"), of_scores]
@@ -178,7 +178,8 @@ def _pairs(runs: Sequence[Run], split: str) -> tuple[list[Pair], list[str]]:
         except NothingToDraw as reason:
             reasons.append(str(reason))
     if not pairs:
-        raise NothingToDraw(reasons[0] if reasons else "CKA between runs needs two that kept clusters.npz.")
+        too_few = "CKA between runs needs two that kept their arrays; main.py keeps them with --clusters."
+        raise NothingToDraw(reasons[0] if reasons else too_few)
     return pairs, reasons
 
 

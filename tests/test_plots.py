@@ -1,5 +1,6 @@
 """The command, and what holds for every figure: labels, nothing cut off, no traceback whatever is in a folder."""
 
+import functools
 import itertools
 import os
 import signal
@@ -16,6 +17,7 @@ from made_runs import FIGURES, ROOT, command, load, make_run, panels, sentence
 
 import plots
 from figures.runs import Run
+from flags import get_args
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -67,6 +69,22 @@ def test_settings_without_a_measure_have_a_panel_that_says_so(loaded, figure):
     whole = {"measures": SUBSETS[-1], "lr_test": True}
     bare, deeper = {"measures": (), "learning_rate": 0.1}, {"num_layers": 5, "learning_rate": 0.2}
     figure(loaded(whole, bare, deeper)).canvas.draw()
+
+
+EXPRESSION_MAP = "look/grad-loss-theta-*/norm"  # which the notebook draws, too
+
+
+@pytest.mark.parametrize("figure", [*FIGURES, functools.partial(plots.heat_map, measure=EXPRESSION_MAP)])
+def test_an_empty_figure_says_in_one_sentence_which_flags_would_fill_it(loaded, figure):
+    (run,) = loaded({"measures": ()})
+    said = sentence(figure(run))
+    if figure in (plots.summary, plots.training_curves):
+        assert said is None  # every run has those
+        return
+    what, _, words = " ".join(said.split()).removesuffix(".").partition("; main.py ")
+    assert what and "with --" in words
+    flags = get_args(words.partition("with ")[2].split())
+    assert flags != get_args([]) or words.endswith(("with --nc", "with --dib", "with --nc --dib"))  # those are defaults
 
 
 LOOKS = {"short": (3, 1, 1), "long": (3, 200, 1), "deep and many": (20, 12, 4)}
