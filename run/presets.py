@@ -197,7 +197,8 @@ POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
 OF_ONE_CALL = ("config", "resume", "measure", "list_layers", "quiet", "sweep")
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = (*OF_ONE_CALL, "accelerator", "compile", "data_dir", "devices", "epochs", "in_memory", "log_dir",
-                  "logger", "note", "num_nodes", "plots", "slot_update", "strategy", "tag", "target_acc", "threads")  # fmt: skip
+                  "logger", "note", "num_nodes", "plots", "slot_update", "strategy", "tag", "target_acc",
+                  "threads")  # fmt: skip
 OF_SEVERAL = ("tag", "logger", "seed", "classes", "widths", "augmax", "betas", "measure_at", "layers", "measure_sets",
               *(about.flag for about in MEASURES if "nargs" in about.takes),
               *(flag.name for about in MEASURES for flag in about.flags if "nargs" in flag.options))  # fmt: skip

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Seeds × layers, one pair in each task, where DIB takes longer than training: every task trains the network of its
-# seed and measures DIB in one layer; NC1 of all layers is measured once per seed. On a GPU add --deterministic:
-# without it the tasks of a seed do not get the same network.
+# seed and measures DIB in one layer. On a GPU add --deterministic: without it the tasks of a seed do not get the same
+# network. Submitted again, the same line does what is not done yet, and the last task leaves the means of all.
 #     sbatch slurm/array.sh -m ResNet -d CIFAR10
 # For seeds alone, slurm/run.sh says how; it also explains the values.
 
@@ -30,6 +30,5 @@ if ((task >= ${#seeds[@]} * ${#layers[@]})); then
     echo "array.sh: task $task has no pair: there are ${#seeds[@]} seeds × ${#layers[@]} layers, counted from 0" >&2
     exit 2
 fi
-flags=(--seed "${seeds[task / ${#layers[@]}]}" --dib-layers "${layers[task % ${#layers[@]}]}")
-((task % ${#layers[@]} == 0)) || flags+=(--no-nc)
-exec bash slurm/run.sh "${flags[@]}" "$@" # in the container: slurm/container.sh
+# The program picks its pair: by task, the seed changing fastest. In the container: slurm/container.sh
+exec bash slurm/run.sh --seed "${seeds[@]}" --sweep dib-layers "${layers[@]}" "$@"

@@ -141,6 +141,8 @@ def test_the_examples_on_runs_work_as_they_stand(in_an_empty_folder, capsys):
     folder = make_run(Path("lightning_logs/version_0"))
     Arrays(folder).path.mkdir()
     Arrays(folder).write(3, "rank", {"singular_values/test/hidden1": torch.tensor([2.0, 1.0])}, {"seed": 0})
+    lines = ["learning-rate,widths,column,seeds,mean,std,lowest,highest", "0.1,128,test_acc,2,0.5,0.1,0.4,0.6"]
+    Path("lightning_logs/grid_means.csv").write_text("\n".join([*lines, ""]))
     names = {}
     for code in blocks(RUNS, "python"):
         if "master_thesis" not in code:  # the package as it is installed: tests/test_package.py
