@@ -125,7 +125,7 @@ def cka_between_epochs(
     shown = chosen_epochs(kept.epochs_of(setting), epochs, MAX_EPOCHS, np.geomspace)
     whole = [run for run in setting.runs if {*shown} <= {*kept.kept_epochs([run])}]
     if len(shown) < 2 or not whole:
-        raise NothingToDraw("CKA between epochs needs two that were kept; main.py keeps them with --clusters.")
+        raise NothingToDraw("CKA between epochs needs the arrays of two epochs; main.py keeps them with --clusters.")
     layers = thin(_layers(whole[0], split), MAX_LAYERS)
     of_scores = _of_scores([(run, epoch) for run in whole for epoch in shown], split)
     heading = [comparison.heading_of(setting, f"CKA between epochs, {split} set"), of_scores]

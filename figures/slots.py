@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MATCHES, UPDATE = "slots", "slot_update"
-NO_SLOTS = "There are no slots. main.py grows them with --head slots."
-NO_PICTURES = "There are no pictures of slots. main.py keeps them at the end of training with --head slots."
-NO_UPDATE = "No slots were updated. main.py does so with --slot-update."
+NO_SLOTS = "There are no slots; main.py grows them with --head slots."
+NO_PICTURES = "There are no pictures of slots; main.py keeps them at the end of training with --head slots."
+NO_UPDATE = "No slots were updated; main.py does so with --slot-update."
 PER_ROW = 6  # pairs of pictures, or samples
 MAX_PICTURES = 60
 MAX_LEGEND = 20  # classes

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VIEWS = "views"
-LACKING = "There are no views of the network. main.py makes them with --views."
+LACKING = "There are no views of the network; main.py makes them with --views."
 NO_IMAGES = "The inputs are no images: what views of them there are is numbers, in metrics.csv and views.npz."
-NO_PICTURES = "No images were pictured. main.py pictures those of --views-images."
+NO_PICTURES = "No images were pictured; main.py pictures as many as are asked for with --views --views-images 8."
 NO_FILTERS = "The network's first layer has no filters that could be shown as images."
 SCORES = ("views/stability/*", "views/agreement", "views/separation/*", "views/roughness/*")
 FEW = 3  # classes of which each has a tile beside an image

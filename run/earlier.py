@@ -27,7 +27,7 @@ class EarlierRuns:
         """The run with these flags: one that is finished, else one that goes on, else the newest that can go on."""
         self._read()
         runs = [Listed(folder) for folder in self._folders.get(identity(flags), ())]
-        finished = [run for run in runs if is_finished(run)]
+        finished = [run for run in runs if is_finished(run, flags)]
         going_on = [run for run in runs if run.state == RUNNING]
         killed = sorted((run for run in runs if can_go_on(run)), key=lambda run: run.started, reverse=True)
         return next(iter([*finished, *going_on, *killed]), None)
@@ -51,8 +51,13 @@ def identity(flags: Mapping[str, Any]) -> Hashable:
     return tuple(sorted((name, in_words(name, value)) for name, value in flags.items() if name not in ignored))
 
 
-def is_finished(run: Listed) -> bool:
-    """Whether nothing is left to do: a row is written before its checkpoint, and a kill may come between the two."""
+def is_finished(run: Listed, flags: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to do of what the flags ask for.
+
+    A row is written before its checkpoint, and slots are updated after both: a kill may come between.
+    """
+    if flags.get("slot_update") and not (run.folder / "slot_update.json").exists():
+        return False
     checkpoint, table = run.folder / "checkpoints" / "last.ckpt", run.folder / "metrics.csv"
     if run.state != DONE or not checkpoint.exists():  # someone may have made room
         return run.state == DONE

@@ -13,7 +13,7 @@ BOOKKEEPING = {
     *("log_dir", "name", "note", "tag", "seed", "resume", "resumed_from", "config", "provenance", "data_dir"),
     *("accelerator", "devices", "num_nodes", "strategy", "compile", "cache_gb", "lr_range_test"),
     *("keep_going", "save_every", "dib_save", "logger", "plots", "quiet", "tsne", "save_activations"),
-    "activations_format",
+    *("activations_format", "in_memory", "slot_update", "target_acc"),
 }
 FOUND = "from range test"
 

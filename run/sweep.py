@@ -87,7 +87,7 @@ class Sweep:
     def _run(self, point: Point, i: int, num: int) -> int:
         """Do a run, or what is left of it."""
         label, earlier = point.label, self._earlier(point)
-        if earlier and is_finished(earlier):
+        if earlier and self._is_finished(point, earlier):
             self.folders[point] = earlier.folder
             say(self.args, f"{label}, {i} of {num}: done already in {earlier.folder}{_elsewhen(earlier)}")
             return 0
@@ -109,6 +109,9 @@ class Sweep:
         """What there is of a run; a measurement is made anew."""
         return None if self.args.measure else self.earlier.find(flags_of_run(self.flags[point]))
 
+    def _is_finished(self, point: Point, run: Listed) -> bool:
+        return is_finished(run, vars(self.flags[point]))
+
     def _resumed(self, point: Point, earlier: Listed) -> list[str]:
         """The command line that goes on with a run where and how this command wants it."""
         flags = vars(self.flags[point])
@@ -122,7 +125,7 @@ class Sweep:
         """Keep the means of all finished runs, those of other tasks too, and say them."""
         for point in self.points:
             earlier = None if point in self.folders else self._earlier(point)
-            if earlier and is_finished(earlier):
+            if earlier and self._is_finished(point, earlier):
                 self.folders[point] = earlier.folder
         if ranks.name_by_environment():  # the first process does it
             return

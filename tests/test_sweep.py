@@ -375,7 +375,7 @@ def test_what_goes_on_elsewhere_and_what_cannot_go_on_without_loss_is_left_alone
     change_flags(LOGS / "version_0", epochs=3)
     (LOGS / "version_0" / "checkpoints" / "last.ckpt").write_text("of an epoch")
     earlier = EarlierRuns(LOGS).find(flags_of_run(get_args(["-e", "3", "--seed", "0"])))
-    assert earlier.folder == LOGS / "version_0" and not is_finished(earlier) and can_go_on(earlier)
+    assert earlier.folder == LOGS / "version_0" and not is_finished(earlier, {}) and can_go_on(earlier)
     earlier = EarlierRuns(LOGS).find(flags_of_run(get_args(["-e", "3", "--seed", "1"])))
     assert earlier is None and (folder / "metrics.csv").read_text().splitlines() == lines
 
@@ -383,11 +383,13 @@ def test_what_goes_on_elsewhere_and_what_cannot_go_on_without_loss_is_left_alone
 def test_a_run_killed_between_its_last_row_and_its_last_checkpoint_is_not_finished(training):
     assert main(["-e", "2", "--seed", "0", "1"]) == 0
     folder = LOGS / "version_0"
-    assert is_finished(Listed(folder))
+    assert is_finished(Listed(folder), {})
     (folder / "checkpoints" / "last.ckpt").touch()
-    assert is_finished(Listed(folder))
+    assert is_finished(Listed(folder), {})
     os.utime(folder / "checkpoints" / "last.ckpt", (1, 1))
-    assert not is_finished(Listed(folder))
+    assert not is_finished(Listed(folder), {})
+    (folder / "checkpoints" / "last.ckpt").touch()
+    assert not is_finished(Listed(folder), {"slot_update": True})  # which comes last
 
 
 def test_runs_by_another_commit_are_said_to_be(training, capfd, monkeypatch):
