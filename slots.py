@@ -25,7 +25,7 @@ POOLS = ("softmax", "max")
 NEAREST = -1.0  # the score of a class without slots: no similarity is lower
 ROUNDING = 4e-6  # similarities that differ by less may change places when they are computed in another batch
 FOLLOWS = 0.1  # how far a threshold goes towards that of the last batch
-BLOCK_ELEMENTS = 2**24  # similarities of all samples with some slots, held at once: 67 MB in float32
+ROWS_AT_ONCE, SLOTS_AT_ONCE = 2048, 512  # similarities computed at once: 4 MB, which caches hold
 
 Labelled = tuple[Tensor, Tensor]  # z (N, d) or (N, V, d), labels (N,)
 
@@ -41,8 +41,13 @@ def similarities(z: Tensor, W: Tensor) -> Tensor:
     >>> similarities(torch.tensor([[0.6, 0.8]]), torch.tensor([[2.0, 0.0], [0.0, 5.0]])).tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
+    return cosines(z, unit(W).to(z.dtype))
+
+
+def cosines(z: Tensor, W: Tensor) -> Tensor:
+    """`similarities` with slots of length 1."""
     with torch.autocast(z.device.type, enabled=False):  # in bfloat16 thresholds would be good for two digits
-        s = z @ unit(W).to(z.dtype).T
+        s = z @ W.T
     return s if z.ndim == 2 else s.amax(1)  # (N, S)
 
 
@@ -119,24 +124,27 @@ def calibrated(samples: Sequence[Labelled], W: Tensor, label: Tensor) -> tuple[T
     """Thresholds (S,) with full precision on all these samples together, and which of each part every slot covers.
 
     They lie half of `ROUNDING` below those of `thresholds`, and no sample of another class lies within it: so it makes
-    no difference in which batch a similarity is computed. Holds the similarities of a few slots at a time.
+    no difference in which batch a similarity is computed. Holds similarities of some slots at a time, and all of them
+    with samples of their own class alone.
     """
     threshold = torch.empty(len(W), dtype=W.dtype, device=W.device)
     covered = [torch.zeros(len(y), len(W), dtype=torch.bool, device=W.device) for _, y in samples]
-    for block in blocks(len(W), sum(len(y) for _, y in samples)):
-        parts = [Pairs(similarities(z, W[block]), y, label[block]) for z, y in samples]
+    for start in range(0, len(W), SLOTS_AT_ONCE):
+        block = slice(start, start + SLOTS_AT_ONCE)
+        of_block = unit(W[block]).to(samples[0][0].dtype)
+        parts = [Pairs(cosines(z, of_block), y, label[block]) for z, y in in_rows(*samples)]
         bar = torch.stack([part.others for part in parts]).amax(0) + ROUNDING
         t = torch.stack([part.lowest_above(bar) for part in parts]).amin(0) - ROUNDING / 2
         threshold[block] = t.to(W.dtype)
-        for part, of in zip(parts, covered, strict=True):
+        for part, (of,) in zip(parts, in_rows(*((of,) for of in covered)), strict=True):
             part.mark(of[:, block], threshold[block])
     return threshold, covered
 
 
-def blocks(num_slots: int, num_samples: int) -> Iterator[slice]:
-    """Slots, so many at a time that their similarities with all samples are at most `BLOCK_ELEMENTS`."""
-    size = max(1, BLOCK_ELEMENTS // max(num_samples, 1))
-    yield from (slice(start, start + size) for start in range(0, num_slots, size))
+def in_rows(*tables: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors over the same samples, some samples at a time, of one table after the other."""
+    for table in tables:
+        yield from zip(*(column.split(ROWS_AT_ONCE) for column in table), strict=True)
 
 
 def slots_of(network: nn.Module) -> "Slots | None":
@@ -266,8 +274,7 @@ class Slots(nn.Module):
         return torch.where(winner >= 0, self.label[winner], pooled) if len(self) else pooled
 
     def _parts(self, h: Tensor) -> tuple[Tensor, ...]:
-        variants = 1 if h.ndim == 2 else h.shape[1]
-        return h.split(max(1, BLOCK_ELEMENTS // (4 * variants * max(len(self), 1))))
+        return h.split(ROWS_AT_ONCE)
 
     # How slots come, move and go
 

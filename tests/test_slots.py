@@ -67,7 +67,8 @@ def test_calibration_has_precision_one_in_whatever_parts_and_blocks(num, num_slo
     z, W, label = unit(z), torch.randn(num_slots, 6), torch.arange(num_slots) % 3
     parts = list(zip(z.split(split), y.split(split), strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK_ELEMENTS", block * num)
+        patch.setattr(module, "SLOTS_AT_ONCE", block)
+        patch.setattr(module, "ROWS_AT_ONCE", split + 1)
         t, covered = calibrated(parts, W, label)
     s = similarities(z, W)
     assert torch.allclose(t, thresholds(s, y, label, ROUNDING) - ROUNDING / 2, rtol=0, atol=ROUNDING / 4)
@@ -297,7 +298,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_is_as_large_as_all_similarities(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2**14)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 512)
     h, y = blobs(4000)
     slots = Slots(6, 3)
     slots._append(h[:400], y[:400], torch.ones(400), y[:400], update=0)
