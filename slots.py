@@ -79,17 +79,25 @@ def greedy_cover(covered: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
     >>> [part.tolist() for part in greedy_cover(covered)]
     [[0, 1], [3, 1]]
     """
-    gain = covered.sum(0)  # (S,)
+    gain = column_sums(covered)
     columns, is_open = covered.T.contiguous(), covered.new_ones(len(covered))
     chosen, gains = [], []
     while len(gain) and (most := int(gain.max())) >= max(least, 1):
         j = int((gain == most).nonzero()[0])
         rows = (columns[j] & is_open).nonzero()[:, 0]
         is_open[rows] = False
-        gain -= covered[rows].sum(0)
+        gain -= column_sums(covered[rows])
         chosen.append(j)
         gains.append(most)
     return torch.tensor(chosen, dtype=torch.long), torch.tensor(gains, dtype=torch.long)
+
+
+def column_sums(covered: Tensor) -> Tensor:
+    """How many rows of (N, S) are true in each column, (S,); torch alone would make eight bytes of each at once."""
+    total = torch.zeros(covered.shape[1], dtype=torch.long, device=covered.device)
+    for part in covered.view(torch.uint8).split(ROWS_AT_ONCE):
+        total += part.sum(0, dtype=torch.int32)
+    return total
 
 
 class Pairs:
@@ -320,7 +328,7 @@ class Slots(nn.Module):
         """Give every slot the threshold that has full precision on these samples; which of them it covers, (N, S)."""
         threshold, (covered,) = calibrated([(unit(h), y)], self.W, self.label)
         self.threshold.copy_(threshold)
-        self.hits.copy_(covered.sum(0))
+        self.hits.copy_(column_sums(covered))
         return covered
 
     @torch.no_grad()
