@@ -3,27 +3,26 @@
     OMP_NUM_THREADS=1 python benchmarks/images.py
 
 Claim: once decoded, batches as tests and measures see them cost at most a fifth of what they do from ImageFolder; the
-memory of a process stays flat where a control group leaves it a fifth of the data; two processes share the pages. The
-photos are made up, of 500 × 375, as those of ImageNet are on average, and scaled to 224 × 224; both sides give
-normalised float batches. Ratios are of the CPU's time, all threads and processes together, so idle cores
-help neither side.
+memory of a process stays flat on a set six times what a control group allows it; two processes share the pages. The
+photos are made up: of 500 × 375, as those of ImageNet are on average, for the cost, and of 224 × 224 for the memory.
+Both sides give normalised float batches. Ratios are of the CPU's time, all threads and processes together, so that idle
+cores help neither side.
 """
 
 import io
-import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, arguments, report
+from common import ROOT, arguments, cell, cpu_seconds_of, report
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -33,60 +32,49 @@ import datasets
 from run import memory
 
 SIZE, PHOTO, BATCH_SIZE = 224, (500, 375), 64
-DISTINCT = 300  # photos; the others are copies of them, which cost the same
-ROOM = 300e6  # bytes that a control group leaves beside the program
-MOST = 24  # batches that are read to see how fast that is
+DISTINCT = 520  # photos; further ones are copies of them, which cost the same
+LIMIT = 100_000_000  # bytes of each process
+EPOCHS = 2
+MOST = 8  # batches that are read to see how fast that is
 GROUP_FILES = {"memory.max": "memory.peak", "memory.limit_in_bytes": "memory.max_usage_in_bytes"}
 WAYS = ("ours", "ours, again", "ImageFolder", "ImageFolder, 2 workers")
 
 
 def main() -> None:
-    args = arguments(__doc__, photos={"type": int, "default": 10_000}, reader={})
-    if args.reader:
-        print(json.dumps(read(**json.loads(args.reader))))
-        return
-    num = 40 if args.quick else args.photos
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:  # on a disk, as /tmp may be memory
-        seconds = make_photos(Path(folder), num)
-        num_bytes = num * 3 * SIZE**2
+    args = arguments(__doc__, images={"type": int, "default": 4000})
+    with tempfile.TemporaryDirectory(dir=ROOT) as place:  # on a disk, as /tmp may be memory
+        photos, many = Path(place) / "photos", Path(place) / "many"
+        once = make_photos(photos, 40 if args.quick else DISTINCT, PHOTO)
+        make_photos(many, 40 if args.quick else args.images, (SIZE, SIZE))
         tables = {
-            "Photos": [{"photos": num, "decoded, GB": num_bytes / 1e9, "of JPEG, GB": size_of(folder) / 1e9,
-                        "photos decoded a second": num / seconds}],
-            f"Batches of {BATCH_SIZE} photos of {PHOTO[0]} × {PHOTO[1]} at {SIZE} × {SIZE}": throughput(folder),
-            f"Memory, MB, where a control group leaves {ROOM / 1e6:.0f} MB beside the program": flatness(folder),
-            "Two processes, both of which have read all of the file": sharing(folder),
-        }  # fmt: skip
+            f"Batches of {BATCH_SIZE} photos of {PHOTO[0]} × {PHOTO[1]} at {SIZE} × {SIZE}; decoding one, once, takes "
+            f"{cell(once)} ms of the CPU": throughput(photos, args.quick),
+            f"Memory, MB, of processes to which a control group allows {LIMIT / 1e6:.0f} each": flatness(many),
+            "Two processes, both of which have read all of the file": sharing(many),
+        }
     report("images", tables, args)
 
 
-def make_photos(folder: Path, num: int) -> float:
-    """Two classes of JPEGs with large forms and noise, decoded once by us; how many seconds that took."""
-    photos = [photo(i) for i in range(min(num, DISTINCT))]
+def make_photos(folder: Path, num: int, size: tuple[int, int]) -> float:
+    """Two classes of JPEGs with large forms and noise, decoded once by us; what that took of the CPU, ms a photo."""
+    photos = [photo(i, size) for i in range(min(num, DISTINCT))]
     for i in range(num):
         place = folder / ("test" if i < 4 else "train") / "ab"[i % 2]
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{i}.jpg").write_bytes(photos[i % len(photos)])
-    start = time.perf_counter()
-    load(str(folder))
-    return time.perf_counter() - start
+    return 1e3 * cpu_seconds_of(lambda: load(str(folder))) / num
 
 
-def photo(seed: int) -> bytes:
+def photo(seed: int, size: tuple[int, int]) -> bytes:
     random, file = np.random.default_rng(seed), io.BytesIO()
-    forms = Image.fromarray(random.integers(256, size=(12, 16, 3), dtype=np.uint8)).resize(
-        PHOTO, Image.Resampling.BICUBIC
-    )
-    pixels = np.asarray(forms) + random.integers(-16, 17, size=(PHOTO[1], PHOTO[0], 3))
+    forms = Image.fromarray(random.integers(256, size=(12, 16, 3), dtype=np.uint8))
+    pixels = np.asarray(forms.resize(size, Image.Resampling.BICUBIC)) + random.integers(-16, 17, size=(*size[::-1], 3))
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
     return file.getvalue()
 
 
-def size_of(folder: str) -> int:
-    return sum(path.stat().st_size for path in Path(folder).rglob("*.jpg"))
-
-
-def load(folder: str, in_memory: bool = False) -> datasets.Dataset:
-    return datasets.load(folder, image_size=SIZE, in_memory=in_memory)
+def load(folder: str) -> datasets.Dataset:
+    return datasets.load(folder, image_size=SIZE, in_memory=False)
 
 
 # A process of its own for each reader, so that its memory is its own
@@ -96,18 +84,14 @@ def read(
     folder: str, way: str, augment: bool, epochs: int, most: int | None = None, wait_for: str | None = None
 ) -> dict:
     """Seconds of an epoch and of the CPU in it, and after each epoch the process's memory in MB."""
-    batches = (
-        ours(folder, augment, way == "in memory")
-        if way in ("ours", "in memory")
-        else torchvisions(folder, augment, way)
-    )
-    result = {"seconds": [], "cpu": [], "anonymous": [], "counts": 0}
+    batches = ours(folder, augment) if way == "ours" else torchvisions(folder, augment, way)
+    result = {"seconds": [], "cpu": [], "anonymous": [own_memory()], "counts": 0}
     for _ in range(epochs):
         start, cpu = time.perf_counter(), cpu_seconds()
         result["counts"] = exhaust(islice(batches, most))
         result["seconds"].append(time.perf_counter() - start)
         result["cpu"].append(cpu_seconds() - cpu)
-        result["anonymous"].append(status("RssAnon"))
+        result["anonymous"].append(own_memory())
     if wait_for:
         meet(wait_for)
         result |= pages(".bytes")
@@ -115,8 +99,8 @@ def read(
     return result
 
 
-def ours(folder: str, augment: bool, in_memory: bool) -> datasets.Batches:
-    return datasets.Batches(load(folder, in_memory), "train", BATCH_SIZE, shuffle=True, augment=augment)
+def ours(folder: str, augment: bool) -> datasets.Batches:
+    return datasets.Batches(load(folder), "train", BATCH_SIZE, shuffle=True, augment=augment)
 
 
 def torchvisions(folder: str, augment: bool, way: str) -> DataLoader:
@@ -138,10 +122,10 @@ def cpu_seconds() -> float:
     return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
-def status(name: str) -> float:
-    """A line of /proc/self/status, in MB."""
+def own_memory() -> float:
+    """What of this process lies in memory and is no file, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(f"{name}:"))
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon:"))
 
 
 def pages(suffix: str) -> dict[str, float]:
@@ -160,26 +144,33 @@ def meet(place: str) -> None:
 
 
 class Reader:
-    """A process that reads, perhaps within a control group."""
+    """A process that reads, perhaps within a control group. What it was forked with counts as its parent's memory."""
 
     def __init__(self, group: Path | None, **about: object) -> None:
-        join = (lambda: (group / "cgroup.procs").write_text(str(os.getpid()))) if group else None
-        command = [sys.executable, __file__, "--reader", json.dumps(about)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=join)
+        context = multiprocessing.get_context("fork")
+        self.answer, answer = context.Pipe(duplex=False)
+        self.process = context.Process(target=self._run, args=(group, about, answer))
+        self.process.start()
+        answer.close()
+
+    def _run(self, group: Path | None, about: dict, answer: Connection) -> None:
+        if group:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+        answer.send(read(**about))
 
     def result(self) -> dict:
-        told, _ = self.process.communicate()
-        assert self.process.returncode == 0, self.process.returncode
-        return json.loads(told.splitlines()[-1])
+        found = self.answer.recv()
+        self.process.join()
+        return found
 
 
 # The tables
 
 
-def throughput(folder: str) -> list[dict]:
+def throughput(folder: Path, quick: bool) -> list[dict]:
     rows = []
     for augment, what in ((False, "as they are"), (True, "random crops")):
-        about = {"folder": folder, "augment": augment, "epochs": 1, "most": MOST}
+        about = {"folder": str(folder), "augment": augment, "epochs": 1, "most": 1 if quick else MOST}
         found = {way: Reader(None, way=way.removesuffix(", again"), **about).result() for way in WAYS}
         num = found["ours"]["counts"]
         cpu = {way: result["cpu"][0] for way, result in found.items()}
@@ -191,27 +182,27 @@ def throughput(folder: str) -> list[dict]:
     return rows
 
 
-def flatness(folder: str) -> list[dict]:
-    """One process, and two at once, in a group that may hold no more than themselves and ROOM bytes."""
-    base = Reader(None, folder=folder, way="ours", augment=True, epochs=1).result()["anonymous"][0] * 1e6
+def flatness(folder: Path) -> list[dict]:
+    """One process, and two at once, in a group that allows each LIMIT bytes, the pages of the file among them."""
+    size = sum(path.stat().st_size for path in folder.glob(".decoded/*.bytes")) / 1e6
     rows = []
     for num in (1, 2):
-        with control_group(int(num * base + ROOM)) as group:
-            readers = [Reader(group, folder=folder, way="ours", augment=False, epochs=3) for _ in range(num)]
-            results = [reader.result() for reader in readers]
+        with control_group(num * LIMIT) as group:
+            about = {"folder": str(folder), "way": "ours", "augment": False, "epochs": EPOCHS}
+            results = [reader.result() for reader in [Reader(group, **about) for _ in range(num)]]
             peak = peak_of(group)
         rows += [
-            {"": f"{num} process{'es' * (num > 1)}", "limit": None if group is None else (num * base + ROOM) / 1e6,
-             "peak of the group": peak, **{f"own, epoch {i + 1}": value for i, value in enumerate(result["anonymous"])},
+            {"": f"process {i + 1} of {num}", "file": size, "limit": None if group is None else num * LIMIT / 1e6,
+             "peak of the group": peak, **{f"own after epoch {i}": own for i, own in enumerate(result["anonymous"])},
              "photos a second": result["counts"] / result["seconds"][-1]}
-            for result in results
+            for i, result in enumerate(results)
         ]  # fmt: skip
     return rows
 
 
-def sharing(folder: str) -> list[dict]:
+def sharing(folder: Path) -> list[dict]:
     with tempfile.TemporaryDirectory() as place:
-        about = {"folder": folder, "augment": False, "epochs": 1, "wait_for": f"{place}/here"}
+        about = {"folder": str(folder), "augment": False, "epochs": 1, "wait_for": f"{place}/here"}
         readers = [Reader(None, way="ours", **about) for _ in range(2)]
         rows = [{"": f"process {i + 1}", "sees, MB": found["Rss"], "its share, MB": found["Pss"]}
                 for i, found in enumerate(reader.result() for reader in readers)]  # fmt: skip
