@@ -119,7 +119,7 @@ def content(runs: Sequence[Run], pictures: Sequence[Picture]) -> dict[str, Any]:
         "title": title_of(listed),
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "num_settings": len(means.rows),
-        "columns": [(name, listing.title(name), name in listing.WORDS) for name in table.columns],
+        "columns": [(name, listing.title(name), name in (*listing.WORDS, LINE_OF)) for name in table.columns],
         "hidden": table.hidden,
         "entries": entries,
         "means": means_of(means) if len(means.rows) < len(listed) else None,

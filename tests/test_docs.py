@@ -18,6 +18,7 @@ from measures import saved
 from run.arrays import Arrays
 from run.catalogue import MEASURES as MEASURES_OF_RUNS
 from run.catalogue import found
+from run.kept_means import means_csv
 from run.presets import DATASETS, DEFAULTS, MODELS, flags_of_run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -141,8 +142,6 @@ def test_the_examples_on_runs_work_as_they_stand(in_an_empty_folder, capsys):
     folder = make_run(Path("lightning_logs/version_0"))
     Arrays(folder).path.mkdir()
     Arrays(folder).write(3, "rank", {"singular_values/test/hidden1": torch.tensor([2.0, 1.0])}, {"seed": 0})
-    lines = ["learning-rate,widths,column,seeds,mean,std,lowest,highest", "0.1,128,test_acc,2,0.5,0.1,0.4,0.6"]
-    Path("lightning_logs/grid_means.csv").write_text("\n".join([*lines, ""]))
     names = {}
     for code in blocks(RUNS, "python"):
         if "master_thesis" not in code:  # the package as it is installed: tests/test_package.py
@@ -152,6 +151,16 @@ def test_the_examples_on_runs_work_as_they_stand(in_an_empty_folder, capsys):
     assert names["sigma"].tolist() == [2.0, 1.0] and names["settings"]["seed"] == 0
     assert set(names["nc1"]) == set(names["stable"]) == set(names["layers"]) == {"0", "1", "2", "3", "4"}
     assert set(names["dib"].minimality) == {"hidden1", "hidden2"}
+
+
+def test_the_example_on_many_runs_works_as_it_stands(in_an_empty_folder, capsys):
+    Path("lightning_logs").mkdir()
+    values = [((("learning-rate", rate), ("widths", "128")), 0, Path("lightning_logs")) for rate in ("1e-2", "1e-3")]
+    Path("lightning_logs/metrics.csv").write_text("epoch,test_acc\n1,0.5\n")
+    Path("lightning_logs/grid_means.csv").write_text(means_csv(values))
+    [code] = blocks(ROOT / "docs" / "many_runs.md", "python")
+    exec(code, {})
+    assert capsys.readouterr().out.split() == ["learning-rate", "0.001", "0.010", "widths", "128", "0.5", "0.5"]
 
 
 def test_the_example_of_clusters_works_as_it_stands(capsys):

@@ -8,7 +8,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -82,21 +81,17 @@ def test_a_row_for_each_run_the_newest_first_with_what_differs_and_what_came_out
     assert rows[7][-2:] == ["paper draft", "by hand"]
 
 
-def test_a_run_that_goes_on_is_running_and_nobody_who_looks_is_in_its_way(tmp_path):
+def test_a_run_that_goes_on_is_running_and_nobody_who_looks_is_in_its_way(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "version_0")
     assert Listed(folder).state == "done" and not is_held(folder)
     with RunFolder(folder):
         assert Listed(folder).state == "running" == Listed(folder).state
     assert Listed(folder).state == "done"
-    with open(folder / ".lock") as look:  # as `is_held` does, at the very moment in which a run begins
-        fcntl.flock(look, fcntl.LOCK_SH)
-        pid = os.fork()
-        if pid == 0:
-            time.sleep(0.03)
-            os._exit(0)
+    look = open(folder / ".lock")  # noqa: SIM115 - as `is_held` does, at the very moment in which a run begins
+    fcntl.flock(look, fcntl.LOCK_SH)
+    monkeypatch.setattr("run.run_folder.time.sleep", lambda seconds: look.close())
     with RunFolder(folder):
         assert is_held(folder)
-    os.waitpid(pid, 0)
 
 
 def test_measurements_and_range_tests_have_states_of_their_own(tmp_path):
