@@ -181,6 +181,22 @@ def test_every_figure_of_clusters_is_in_the_docs():
     assert {name.removeprefix("clusters/") for name in about.columns} - {"cka"} <= {*listed}
 
 
+def test_the_example_of_slots_works_as_it_stands(capsys):
+    [code] = blocks(ROOT / "docs/slots.md", "python")
+    names = {}
+    exec(code, names)
+    slots, h, y = names["slots"], names["h"], names["y"]
+    assert len(slots) < 300 and (slots.predict(h[1500:]) == y[1500:]).double().mean() > 0.95
+    assert capsys.readouterr().out
+
+
+def test_every_column_and_figure_of_slots_is_in_the_docs():
+    [about] = [about for about in MEASURES_OF_RUNS if about.name == "slots"]
+    listed = prose(ROOT / "docs/slots.md")
+    assert all(f"`{name}/" in listed for name in about.columns)
+    assert all(f"`{reference.partition(':')[2]}`" in listed for reference in about.figures)
+
+
 def test_the_example_of_views_works_as_it_stands(capsys):
     names = {}
     [code] = blocks(ROOT / "docs/views.md", "python")
