@@ -22,7 +22,6 @@ WRONG = [
     ("-m MNISTNet -d MNIST --batch-norm", "--batch-norm", "MLP"),
     ("--stem small", "--stem", "ResNet"),
     ("-nl step", "--nonlinearity", "tanh"),
-    ("-w", "--widths", "at least one"),
     ("-w 10 x", "--widths", "whole number"),
     ("-w 0", "--widths", "at least 1"),
     ("-e 0", "--epochs", "at least 1"),

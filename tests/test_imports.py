@@ -143,6 +143,8 @@ TESTED_WITH = {
     "figures.look_matrices": "test_figures_look",
     "figures.looks": "test_figures_look",
     "figures.pages": "test_figures_style",
+    "figures.slots": "test_matches",
+    "run.slot_update": "test_matches",
     "figures.tiles": "test_figures_views",
 }
 
