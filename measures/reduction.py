@@ -273,7 +273,9 @@ def left_to_change(spaces: Sequence[Tensor]) -> float:
     if len({len(squares) for squares in spaces}) > 1 or len(spaces) < 3:
         return math.inf
     before, last = (float(((b - a).abs() / b).max()) for a, b in pairwise(spaces))
-    return last**2 / (before - last) if last < before else 0.0 if last == 0 else math.inf
+    if last == 0:
+        return 0.0
+    return last**2 / (before - last) if last < before else math.inf
 
 
 def beside(Y: Tensor, Q: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The reduction against SciPy's singular values, and its filter against a loop over classes and features."""
 
 import doctest
+import math
 
 import numpy as np
 import pytest
@@ -76,9 +77,26 @@ def test_a_sketch_finds_as_many_directions_as_there_are_and_their_singular_value
     monkeypatch.setattr(module, "EXACT_LIMIT", 100)
     reduced = reduce(A, energy)
     assert reduced.scores.shape[1] == k
-    np.testing.assert_allclose(reduced.singular_values, S[:k], rtol=1e-5)  # stops when S² changes by 1e-5
+    np.testing.assert_allclose(reduced.singular_values, S[:k], rtol=1e-5)  # stops when S² would change by 2e-5
     overlap = np.linalg.svd(reduced.components.numpy() @ Vt[:k].T, compute_uv=False)
     assert overlap.min() > 0.999  # the squared sine of what is left is the change of S² over the gap beside k, 1%
+
+
+def test_how_much_singular_values_would_yet_change_is_the_rest_of_a_geometric_series():
+    spaces = [torch.tensor([2.0, 1.0 - 0.1**i]).double() for i in (1, 2, 3)]
+    assert module.left_to_change(spaces) == pytest.approx(0.001, rel=0.02)  # of 0.999 to 1, relative to each
+    assert module.left_to_change([spaces[0]] * 3) == 0
+    assert module.left_to_change(spaces[::-1]) == module.left_to_change(spaces[:2]) == math.inf
+    assert module.left_to_change([spaces[0][:1], *spaces[1:]]) == math.inf  # one of them had no second one yet
+
+
+def test_no_digit_of_the_mean_is_lost_where_it_is_taken_off_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    A = (torch.randn(500, 40, generator=generator) * torch.logspace(-2, 2, 40) + 1e4).float()
+    centred = module.without_mean(A)
+    exact = A.double() - centred.mean
+    torch.testing.assert_close(centred.matrix.double(), exact, rtol=2.4e-7, atol=0)  # two roundings
+    assert float(centred.energy) == pytest.approx(float(exact.square().sum()), rel=1e-6)
 
 
 def test_a_sketch_depends_on_its_seed_alone_and_stops_at_the_most_directions(monkeypatch):
