@@ -222,12 +222,12 @@ class Slots(nn.Module):
     # What slots say of samples
 
     def forward(self, h: Tensor) -> Tensor:
-        """Logits (B, C), whose highest is `predict`'s where slots came by an update; else they are the plain scores."""
+        """Logits (B, C): scale × score, and where no slot of training matches but one of an update, its class first."""
         if self._awaited is not None:
             self.growth, self._awaited = self.grow(h.detach(), self._awaited), None
         s = similarities(unit(h), self.W)
         logits = self.scale * self.scores(s) + (0 if len(self) else self.W.sum())  # a gradient, though it is none
-        return self._with_matches_first(logits, s) if self.update_of.any() else logits
+        return self._with_updates_first(logits, s) if self.update_of.any() else logits
 
     def scores(self, s: Tensor) -> Tensor:
         """Class scores (B, C) from similarities s (B, S), of the slots that came in training."""
@@ -256,13 +256,13 @@ class Slots(nn.Module):
             winner = torch.where((winner < 0) & of_update.any(1), best, winner)
         return winner
 
-    def _with_matches_first(self, logits: Tensor, s: Tensor) -> Tensor:
-        """Logits with that of the matched slot's class raised above the others, by scale · (s_j − t_j) + 1."""
+    def _with_updates_first(self, logits: Tensor, s: Tensor) -> Tensor:
+        """Logits with that of a deciding new slot's class raised above the others, by scale · (s_j − t_j) + 1."""
         winner = self.deciding(s)
         c = self.label[winner.clamp(min=0)]
         excess = s.gather(1, winner.clamp(min=0)[:, None])[:, 0] - self.threshold[winner.clamp(min=0)]
         raised = logits.amax(1) + self.scale * excess + 1  # (B,)
-        is_overruled = (winner >= 0) & (logits.argmax(1) != c)
+        is_overruled = (winner >= 0) & (self.update_of[winner] > 0) & (logits.argmax(1) != c)
         target = F.one_hot(c, self.num_classes).bool() & is_overruled[:, None]
         return torch.where(target, raised[:, None], logits)
 

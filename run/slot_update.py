@@ -45,10 +45,9 @@ def update_from(
     before = copy.deepcopy(slots)
     report, curves = updated(slots, training, halves)
     if target is not None:
-        report |= {"target": target, "fewest_slots": {}, "fewest_labels": {}}
-        for name, half in halves.items():
-            report["fewest_slots"][name] = fewest(curves[name], target)
-            report["fewest_labels"][name] = fewest_labels(before, training, halves["updated"], half, target)
+        slots_needed = {name: fewest(curve, target) for name, curve in curves.items()}
+        labels_needed = fewest_labels(before, training, halves, target)
+        report |= {"target": target, "fewest_slots": slots_needed, "fewest_labels": labels_needed}
     new = {**content, "state_dict": module.state_dict(), "slot_update": report}
     save_whole(folder.path / "checkpoints" / UPDATED, new)
     folder.arrays.write(content["epoch"] + 1, "slot_update", curves, report)
@@ -65,9 +64,15 @@ def in_halves(h: Tensor, y: Tensor, seed: int) -> dict[str, Half]:
 
 def updated(slots: Any, training: Half, halves: Mapping[str, Half]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Update the layer; the report, and by half the accuracies with none, one, … all of the new slots."""
-    report: dict[str, Any] = {"slots_before": len(slots), "pooled_before": {}, "before": {}, "after": {}}
+    report: dict[str, Any] = {
+        "slots_before": len(slots),
+        "before": {},
+        "after": {},
+        "scores_before": {},
+        "scores_after": {},
+    }
     for name, (h, y) in halves.items():
-        report["pooled_before"][name] = share(slots(h).argmax(1) == y)
+        report["scores_before"][name] = share(slots(h).argmax(1) == y)
         report["before"][name] = share(slots.predict(h) == y)
     h, y = halves["updated"]
     is_asked = ~slots.matched(h)
@@ -75,6 +80,7 @@ def updated(slots: Any, training: Half, halves: Mapping[str, Half]) -> tuple[dic
     curves = {name: slots.accuracies(*half) for name, half in halves.items()}
     for name, (h, y) in halves.items():
         report["after"][name] = share(slots.predict(h) == y)
+        report["scores_after"][name] = share(slots(h).argmax(1) == y)
     report |= {"samples": len(is_asked), "labels": int(is_asked.sum()), "slots_added": len(gains)}
     return report, curves
 
@@ -85,21 +91,24 @@ def fewest(curve: Tensor, target: float) -> int | None:
     return int(reached[0]) if len(reached) else None
 
 
-def fewest_labels(slots: Any, training: Half, asked: Half, half: Half, target: float) -> int | None:
-    """The least number of labels, in twentieths of all that would be asked for, with which an accuracy is reached.
+def fewest_labels(slots: Any, training: Half, halves: Mapping[str, Half], target: float) -> dict[str, int | None]:
+    """The least number of labels with which either half reaches an accuracy, in twentieths of all that are asked for.
 
     They are asked for in the order of the samples, which the seed dealt.
     """
-    h, y = asked
+    (h, y), found = halves["updated"], dict.fromkeys(halves)
     places = (~slots.matched(h)).nonzero()[:, 0]
     for i in range(STEPS + 1):
         chosen = places[: -(-len(places) * i // STEPS)]
         other = copy.deepcopy(slots)
         if len(chosen):
             other.update(*training, h[chosen], y[chosen])
-        if share(other.predict(half[0]) == half[1]) >= target:
-            return len(chosen)
-    return None
+        for name, (seen, labels) in halves.items():
+            if found[name] is None and share(other.predict(seen) == labels) >= target:
+                found[name] = len(chosen)
+        if None not in found.values():
+            break
+    return found
 
 
 def share(is_right: Tensor) -> float:
@@ -114,8 +123,11 @@ def told(report: Mapping[str, Any]) -> str:
         f"{report['slots_before']:,} + {report['slots_added']:,} slots"
     ]
     for name, words in zip(HALVES, ("on that half", "held-out half"), strict=True):
-        before, after = report["before"][name], report["after"][name]
-        lines.append(f"{words:<14}{before:.2%} → {after:.2%} (by scores alone {report['pooled_before'][name]:.2%})")
+        by_slots, by_logits = (
+            f"{report[before][name]:.2%} → {report[after][name]:.2%}"
+            for before, after in (("before", "after"), ("scores_before", "scores_after"))
+        )
+        lines.append(f"{words:<14}{by_slots} where slots decide, {by_logits} by logits")
     for name, words in zip(HALVES, ("on that half", "on the held-out half"), strict=True):
         if "target" in report:
             slots, labels = report["fewest_slots"][name], report["fewest_labels"][name]

@@ -232,14 +232,15 @@ def test_an_update_changes_no_prediction_of_an_old_match():
     new, answers = blobs(500, spread=1.5, seed=7, label_noise=0.1)
     seen, _ = blobs(2000, spread=1.5, seed=8)
     for _ in range(2):  # an update upon an update
-        before, matched = slots.predict(seen), slots.matched(seen)
+        before, matched, logits = slots.predict(seen), slots.matched(seen), slots(seen)
         unmatched = ~slots.matched(new)
         old = slots.state_dict()
         gains = slots.update(h, y, new[unmatched], answers[unmatched])
         assert 0 < len(gains) <= unmatched.sum()
         after = slots.predict(seen)
         assert torch.equal(after[matched], before[matched]) and not torch.equal(after, before)
-        assert torch.equal(slots(seen).argmax(1), after)  # the network says what `predict` does
+        assert torch.equal(slots(seen)[matched], logits[matched])
+        assert torch.equal(slots(seen).argmax(1)[~matched], after[~matched])  # the network says what `predict` does
         assert all(torch.equal(slots.state_dict()[name][: len(value)], value) for name, value in old.items())
         assert torch.equal(slots.predict(new[unmatched]), answers[unmatched])
         new, answers = blobs(500, spread=2.5, seed=9, label_noise=0.1)
