@@ -42,7 +42,7 @@ WAYS = ("ours", "ours, again", "ImageFolder", "ImageFolder, 2 workers")
 
 def main() -> None:
     args = arguments(__doc__, images={"type": int, "default": 4000})
-    with tempfile.TemporaryDirectory(dir=ROOT) as place:  # on a disk, as /tmp may be memory
+    with tempfile.TemporaryDirectory(dir=ROOT / "data") as place:  # on a disk, as /tmp may be memory
         photos, many = Path(place) / "photos", Path(place) / "many"
         once = make_photos(photos, 40 if args.quick else DISTINCT, PHOTO)
         make_photos(many, 40 if args.quick else args.images, (SIZE, SIZE))
