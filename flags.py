@@ -316,7 +316,7 @@ def _refuse_what_slots_lack(parser: Parser, given: dict, flags: dict) -> None:
         if "slot" in (flags["look_by"] or ()) and not flags["measure"]:
             error(f"argument --look-by: slots are what --head slots has, and the head is {flags['head']}")
         for name in ("slot_scale", "slot_lr", "slot_prune", "slot_pool", "slot_update", "target_acc"):
-            if name in given:
+            if name in given and not (flags["measure"] and name in ("slot_update", "target_acc")):
                 error(f"argument --{name.replace('_', '-')}: is for --head slots, and the head is {flags['head']}")
         return
     if flags["target_acc"] is not None and not flags["slot_update"]:

@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from run.between_steps import features_and_labels, grown_in
+from run.between_steps import features_and_labels, grown_in, layers_with
 from run.checkpoints import save_whole
+from run.errors import UserError
 from run.files import write_whole
 from run.seeds import seed_from
 
@@ -39,6 +40,8 @@ def update_from(
     arrays, the accuracy of either half by the number of new slots.
     """
     module.to(trainer.strategy.root_device).eval()
+    if not layers_with("await_batch", module):
+        raise UserError(f"--slot-update: {module.source} has no slots to add to: it was trained with another head")
     slots = grown_in(module)
     training = features_and_labels(trainer, module, "train")
     halves = in_halves(*features_and_labels(trainer, module, "test"), seed_from("slot update", module.hparams.seed))
