@@ -235,12 +235,11 @@ def picture(name: str, figure: Figure, subject: str = "") -> Picture:
 def image_of(figure: Figure) -> str:
     """A figure as the address of an image: lines where they are few, else pixels."""
     import matplotlib
-    from markupsafe import Markup
 
     with matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):
         svg = shorter(_saved(figure, format="svg", metadata={"Date": None}).decode())
     if len(svg) <= LARGEST_SVG:
-        return Markup("data:image/svg+xml," + svg.translate(IN_AN_ADDRESS))
+        return "data:image/svg+xml," + svg.translate(IN_AN_ADDRESS)
     png = _fewer_colors(_saved(figure, format="png", dpi=PIXELS_PER_INCH))
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 

@@ -88,15 +88,18 @@ def test_the_dataset_of_the_page_is_learnt(program):
 
 def test_the_measure_of_the_page_has_flag_column_title_and_figures(program):
     add("measure", program)
-    assert "--norm, --no-norm     mean norm of the activations" in output(program, "main.py", "--help")
-    told = output(program, "main.py", "--norm", "--log-dir", "norm", "-e", "1", "--no-dib", "--no-nc", "--no-plots")
-    assert re.search("^epoch 0 → 1 +norm test$", told, re.M)
-    first, last = csv.DictReader((program / "norm/version_0/metrics.csv").open(encoding="utf-8"))
+    help_text = output(program, "main.py", "--help")
+    assert re.search(r"--length, --no-length\s+mean length of the activations", help_text)
+    told = output(program, "main.py", "--length", "--log-dir", "length", "-e", "1", "--no-dib", "--no-nc", "--no-plots")
+    assert re.search("^epoch 0 → 1 +length test$", told, re.M)
+    first, last = csv.DictReader((program / "length/version_0/metrics.csv").open(encoding="utf-8"))
     # The last layer has three units between -1 and 1.
-    assert all(0 < float(row[f"norm/{split}/hidden5"]) < 3**0.5 for row in (first, last) for split in ("train", "test"))
-    assert "time/norm" in last
-    assert {"plots/norm_over_epochs.png", "plots/heat_map_norm_test.png"} <= set(
-        output(program, "plots.py", "norm").split()
+    assert all(
+        0 < float(row[f"length/{split}/hidden5"]) < 3**0.5 for row in (first, last) for split in ("train", "test")
+    )
+    assert "time/length" in last
+    assert {"plots/length_over_epochs.png", "plots/heat_map_length_test.png"} <= set(
+        output(program, "plots.py", "length").split()
     )
 
 

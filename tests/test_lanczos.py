@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from test_operators import SPIKED, of_values
 
 from measures.lanczos import PRECISE, Lanczos, Limits, quadrature
 from measures.operators import Density
-from tests.test_operators import SPIKED, of_values
 
 
 def grown(product, start, steps, dtype=torch.float64):

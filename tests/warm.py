@@ -56,6 +56,8 @@ class Popen:
         env = options.get("env") or os.environ
         if all(FREE.fullmatch(name) for name in _different(env)):
             return super().__new__(cls)
+        if options.get("stdout") == CLOSED:
+            options |= {"stdout": None, "preexec_fn": lambda: os.close(1)}
         return subprocess.Popen(args, **{"encoding": "utf-8", **options})
 
     def __init__(
