@@ -367,6 +367,8 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
         error("argument --measure-at: not allowed with --measure-every")
     if flags["sync_batch_norm"] and flags["compile"] and flags["devices"] * flags["num_nodes"] > 1:
         error("argument --sync-batch-norm: not allowed with --compile: what is compiled cannot wait for other devices")
+    if flags["sync_batch_norm"] and flags["norm"] != "batch" and flags["devices"] * flags["num_nodes"] > 1:
+        error(f"argument --sync-batch-norm: not allowed with --norm {flags['norm']}, which is of each device's samples")
     crowd = too_many_processes(flags["devices"]) if flags["accelerator"] == "cpu" else None
     if crowd:
         error(crowd)

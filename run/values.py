@@ -98,7 +98,8 @@ def parts(text: str) -> str:
 def transform(text: str) -> str:
     """`flip` or `rotD`, a rotation by ±D degrees."""
     degrees = text.removeprefix("rot")
-    is_rotation = text.startswith("rot") and degrees.isascii() and degrees.isdigit() and 0 < int(degrees) < 180
+    is_whole = degrees.isascii() and degrees.isdigit() and not degrees.startswith("0")  # rot015 would be rot15 again
+    is_rotation = text.startswith("rot") and is_whole and int(degrees) < 180
     if not (is_rotation or text == "flip"):
         raise argparse.ArgumentTypeError(
             f"{reprlib.repr(text)} is neither flip nor rotD, a rotation by D degrees, D a whole number from 1 to 179"
