@@ -23,7 +23,7 @@ __all__ = [
 
 
 class SoftMaxPool(nn.Module):
-    """Or: one value per group of units, (B, G·n) → (B, G): Σ_j p_j u_j over the group's n units u, p = softmax(u / T).
+    """Or: one value per group of units, (B, G·n, …) → (B, G, …): Σ_j p_j u_j over its n units u, p = softmax(u / T).
 
     Between their mean (T → ∞) and their maximum (T → 0); what is added to all units is added to the value. By hand,
     for u = (0, ln 3) and T = 1: p = (1/4, 3/4), so 3/4 ln 3.
@@ -39,9 +39,9 @@ class SoftMaxPool(nn.Module):
         self.num_groups, self.temperature = num_groups, temperature
 
     def forward(self, u: Tensor) -> Tensor:
-        """(B, G·n) → (B, G)."""
-        u = in_groups(u, self.num_groups)  # (B, G, n)
-        return ((u / self.temperature).softmax(-1) * u).sum(-1)
+        """(B, G·n, …) → (B, G, …)."""
+        u = in_groups(u, self.num_groups)  # (B, G, n, …)
+        return ((u / self.temperature).softmax(2) * u).sum(2)
 
     def extra_repr(self) -> str:
         """What `print(network)` shows."""
@@ -49,15 +49,15 @@ class SoftMaxPool(nn.Module):
 
 
 class GroupMean(nn.Module):
-    """And: the mean of each of G groups of consecutive units, (B, G·n) → (B, G): high where all parts are there."""
+    """And: the mean of each of G groups of consecutive units, (B, G·n, …) → (B, G, …): high if all parts are there."""
 
     def __init__(self, num_groups: int) -> None:
         super().__init__()
         self.num_groups = num_groups
 
     def forward(self, u: Tensor) -> Tensor:
-        """(B, G·n) → (B, G)."""
-        return in_groups(u, self.num_groups).mean(-1)
+        """(B, G·n, …) → (B, G, …)."""
+        return in_groups(u, self.num_groups).mean(2)
 
     def extra_repr(self) -> str:
         """What `print(network)` shows."""
@@ -152,7 +152,7 @@ class GumbelConv2d(nn.Conv2d):
     Beside the weights W it learns logits a of the same shape (out, in, k, k) and convolves with W · m. In training m is
     softmax over the input channels of (a + g) / tau, with g standard Gumbel noise, and if `hard` the `topk` largest of
     these as 1, others 0, with the gradient of the softmax (straight-through). In eval mode m has the `topk` largest of
-    a, without noise. With topk = in it is `Conv2d`. `tau` is to fall over training: the program does it from
+    a, without noise. Hard and with topk = in it is `Conv2d`. `tau` is to fall over training: the program does it from
     `--tau 1:0.1`, another loop sets it.
     """
 
@@ -234,7 +234,7 @@ class AugMax(nn.Module):
 
 
 class Parallel(nn.Module):
-    """Networks side by side on the same input: their outputs (B, G·n) concatenated, those of a group together.
+    """Networks side by side on the same input: their outputs (B, G·n, …) concatenated, those of a group together.
 
     With `pool`, a temperature, the value of each output is instead its soft maximum over the branches, as of
     `SoftMaxPool`, in the shape of one.
@@ -246,10 +246,10 @@ class Parallel(nn.Module):
         self.num_groups, self.pool = num_groups, pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, …) → (B, branches · units), or (B, units) if pooled."""
+        """(B, …) → (B, branches · units, …), or (B, units, …) if pooled."""
         outputs = [branch(x) for branch in self.branches]
         if self.pool is None:
-            return torch.cat([in_groups(u, self.num_groups) for u in outputs], dim=2).flatten(1)
+            return torch.cat([in_groups(u, self.num_groups) for u in outputs], dim=2).flatten(1, 2)
         u = torch.stack(outputs, dim=-1)
         return ((u / self.pool).softmax(-1) * u).sum(-1)
 
@@ -370,7 +370,7 @@ def angles(transform: str) -> tuple[float, float]:
 
 
 def in_groups(u: Tensor, num_groups: int) -> Tensor:
-    """(B, G·n) → (B, G, n): consecutive units together."""
+    """(B, G·n, …) → (B, G, n, …): consecutive units together."""
     if u.shape[1] % num_groups:
         raise ValueError(f"{u.shape[1]} units cannot be divided into {num_groups} groups of equal size")
     return u.unflatten(1, (num_groups, -1))

@@ -79,6 +79,16 @@ def test_group_mean_by_hand():
     torch.testing.assert_close(GroupMean(2)(torch.tensor([[1.0, 3.0, 4.0, 8.0]])), torch.tensor([[2.0, 6.0]]))
 
 
+BRANCHES = [nn.Identity(), nn.Tanh()]
+
+
+@pytest.mark.parametrize("layer", [SoftMaxPool(3), GroupMean(3), Parallel(BRANCHES, 3), Parallel(BRANCHES, pool=1.0)])
+def test_of_maps_every_place_is_taken_by_itself(layer):
+    x = image(2, 6, 4, 5)
+    places = torch.stack([layer(place) for place in x.flatten(2).unbind(2)], 2)
+    torch.testing.assert_close(layer(x), places.unflatten(2, (4, 5)))
+
+
 @pytest.mark.parametrize("layer", [SoftMaxPool(4), GroupMean(4)])
 def test_groups_that_do_not_divide_the_units_are_refused(layer):
     with pytest.raises(ValueError, match="10 units cannot be divided into 4 groups"):
