@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from run.errors import UserError
 
@@ -67,14 +66,15 @@ class Network(nn.Module):
     def trains_on_one(self, shape: tuple[int, ...]) -> bool:
         """Whether a single sample of this shape is enough for a training step.
 
-        It is not where batch norm sees but one value of a channel in it: in an MLP, or in a map of 1 × 1.
+        It is not where batch norm, or its kin, sees but one value of a channel in it: in an MLP, or in a map of 1 × 1.
         """
         is_alone: list[bool] = []
 
         def look(norm: nn.Module, args: tuple[Tensor]) -> None:
             is_alone.append(args[0][0, 0].numel() == 1)
 
-        hooks = [part.register_forward_pre_hook(look) for part in self.modules() if isinstance(part, _BatchNorm)]
+        norms = [part for part in self.modules() if hasattr(part, "running_mean")]
+        hooks = [norm.register_forward_pre_hook(look) for norm in norms]
         if hooks:
             with torch.no_grad(), evaluating(self):
                 self.forward(next(self.parameters()).new_zeros(1, *shape))

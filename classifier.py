@@ -406,7 +406,9 @@ def new_classifier(flags: Mapping[str, Any], data: Data) -> Classifier:
     if flags["precision"] == "64-true":
         module.double()  # Lightning would do it after it has read a checkpoint's weights into the module
     if flags["channels_last"]:
-        module.network.to(memory_format=torch.channels_last)
+        for parameter in module.network.parameters():
+            if parameter.dim() == 4:  # a kernel with depth has no such format
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     if flags["compile"]:
         module.network.compile()  # in place: names stay, and what measures call stays plain
     return module

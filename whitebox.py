@@ -259,7 +259,8 @@ class IterNorm(nn.Module):
 
     Over the batch and its places, with centred values X (d, m) of a group: Σ = X Xᵀ / m + ε I, Σ_N = Σ / tr Σ, P_0 = I,
     P_t = (3 P_{t-1} − P_{t-1}³ Σ_N) / 2, output P_T X / √tr Σ, then a learnt scale and bias. Mean and whitening matrix
-    run along for eval mode. The T iterations approach Σ^(-1/2) from below: directions of little variance less.
+    run along for eval mode. The T iterations approach Σ^(-1/2) from below: directions of little variance less. Computes
+    in float32 at least, also where autocast would not.
     """
 
     def __init__(
@@ -286,8 +287,15 @@ class IterNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, …) → (B, C, …)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._normalised(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+    def _normalised(self, x: Tensor) -> Tensor:
         X = x.transpose(0, 1).reshape(self.num_groups, -1, x.numel() // x.shape[1])  # (g, d, m)
-        mean, whitening = self._statistics(X) if self.training else (self.running_mean, self.running_whitening)
+        if self.training:
+            mean, whitening = self._statistics(X)
+        else:
+            mean, whitening = self.running_mean.to(X.dtype), self.running_whitening.to(X.dtype)
         white = (whitening @ (X - mean)).view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
         shape = (1, -1, *[1] * (x.ndim - 2))
         return white * self.weight.view(shape) + self.bias.view(shape)
@@ -303,8 +311,8 @@ class IterNorm(nn.Module):
             P = (3 * P - P @ P @ P @ (covariance / trace)) / 2
         whitening = P / trace.sqrt()
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_whitening.lerp_(whitening, self.momentum)
+            for running, now in ((self.running_mean, mean), (self.running_whitening, whitening)):
+                running.lerp_(now.to(running.dtype), self.momentum)
         return mean, whitening
 
 

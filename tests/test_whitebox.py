@@ -233,6 +233,17 @@ def test_iternorms_first_iterate_by_hand():
     torch.testing.assert_close(norm(x), centred @ P / covariance.trace().sqrt())
 
 
+def test_iternorm_in_mixed_precision_computes_in_float32():
+    x = image(20, 3, 4, 4).bfloat16()
+    mixed, full = IterNorm(3), IterNorm(3)
+    for training in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = mixed.train(training)(x)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, full.train(training)(x.float()).bfloat16())
+    for name, value in mixed.state_dict().items():
+        assert torch.equal(value, full.state_dict()[name]) and value.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("features", "groups"), [(120, 2), (64, 1), (7, 1), (130, 5)])
 def test_iternorm_divides_channels_into_groups_of_at_most_64(features, groups):
     assert IterNorm(features).num_groups == groups

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from processes import assert_killed_ends_as_whole
 from test_classifier import fitted, toy_images
 from test_robustness import make_images
 
 import networks
+from classifier import new_classifier
+from datasets import Data
+from flags import get_args
 from measures.decodable_information import decodable_information
 from run.between_steps import between_steps
 from run.checkpoints import read_checkpoint
-from run.presets import WHITE_BOXES
+from run.presets import NORMS, WHITE_BOXES, flags_of_run
 from whitebox import GumbelConv2d, PositiveConv2d
 
 
@@ -32,8 +35,6 @@ def layer_of(network, kind):
 def trained(line, look, epochs=2):
     """A few steps of a network as `main` trains it."""
     from classifier import Classifier
-    from flags import get_args
-    from run.presets import flags_of_run
 
     line = f"{line} -e {epochs} -b 32 -lr 0.1"
     dataset, after = toy_images(num_train=90, num_test=10, size=32, channels=1), After(look)
@@ -78,6 +79,26 @@ def test_every_variant_trains_on_its_data(line):
     module, *_ = fitted(f"{line} -e 2 -b 30", toy_images(num_train=60, num_test=12, size=28))
     assert module.values["train_loss"] < 1.5  # of log 3 = 1.1 for guessing
     assert all(parameter.isfinite().all() for parameter in module.network.parameters())
+
+
+@pytest.mark.parametrize(("norm", "first_conv"), [("iternorm", "plain"), ("batch", "projective")])
+def test_networks_of_any_layers_train_with_channels_last_in_mixed_precision(norm, first_conv):
+    dataset = toy_images(num_train=12, num_test=4, size=12, num_classes=2)
+    line = f"-m DisjConj -d MNIST -e 1 -b 12 --channels-last --norm {norm} --first-conv {first_conv}"
+    flags = flags_of_run(get_args(line.split()))
+    data = Data(dataset, 12)
+    module = new_classifier(flags, data)
+    formats = [p.is_contiguous(memory_format=torch.channels_last) for p in module.network.parameters() if p.dim() == 4]
+    assert all(formats) and len(formats) == (first_conv == "plain")
+    Trainer(max_epochs=1, precision="bf16-mixed", accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False).fit(module, datamodule=data)  # fmt: skip
+    assert all(value.dtype != torch.bfloat16 and value.isfinite().all() for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_whatever_normalises_over_samples_needs_two_where_each_has_one_value(norm):
+    for model, trains_on_one in (("DisjConj", False), ("Directions", True)):
+        assert networks.build_network(model, (1, 12, 12), 2, norm=norm).trains_on_one((1, 12, 12)) == trains_on_one
 
 
 def test_units_of_a_class_lie_together_whatever_the_variant():
