@@ -311,8 +311,8 @@ class IterNorm(nn.Module):
             P = (3 * P - P @ P @ P @ (covariance / trace)) / 2
         whitening = P / trace.sqrt()
         with torch.no_grad():
-            for running, now in ((self.running_mean, mean), (self.running_whitening, whitening)):
-                running.lerp_(now.to(running.dtype), self.momentum)
+            follow(self.running_mean, mean, self.momentum)
+            follow(self.running_whitening, whitening, self.momentum)
         return mean, whitening
 
 
@@ -362,7 +362,7 @@ class PercentileNorm(nn.BatchNorm2d):
             values = x.detach().transpose(0, 1).flatten(1)  # (C, B·H·W)
             kept = max(1, round(values.shape[1] * self.percent / 100))
             bound = values.topk(kept, dim=1).values[:, -1]
-            self.running_bound.lerp_(bound.to(self.running_bound.dtype), self.momentum)
+            follow(self.running_bound, bound, self.momentum)
         return x * (x >= bound[:, None, None])
 
 
@@ -375,6 +375,11 @@ def angles(transform: str) -> tuple[float, float]:
     if not (transform.startswith("rot") and 0 < degrees < 180):
         raise ValueError(f"{transform!r} is no transform; there are flip and rotD, D degrees between 0 and 180")
     return degrees, -degrees
+
+
+def follow(running: Tensor, now: Tensor, momentum: float) -> None:
+    """Move a running mean towards a value: `lerp_`, which vmap would do slowly, and say so."""
+    running.add_(momentum * (now.to(running.dtype) - running))
 
 
 def in_groups(u: Tensor, num_groups: int) -> Tensor:

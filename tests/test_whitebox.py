@@ -261,6 +261,22 @@ def test_percentile_norm_keeps_the_top_share_of_each_unit_as_batch_norm_gives_it
     assert (norm.running_bound > 0).all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [IterNorm, PercentileNorm, ShiftNorm])
+def test_norms_of_several_networks_run_at_once_as_one_by_one(kind):
+    """As DIB's heads do; torch warns of what it cannot do at once."""
+    norms, x = [kind(3).double() for _ in range(2)], image(5, 3, 4, 4)
+    with torch.no_grad():
+        norms[1].bias.fill_(2)
+    states = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    together = torch.vmap(lambda state: torch.func.functional_call(kind(3).double(), state, (x,)))(stacked)
+    torch.testing.assert_close(together, torch.stack([norm(x) for norm in norms]))
+    for name, value in stacked.items():
+        if "running" in name:
+            torch.testing.assert_close(value, torch.stack([norm.state_dict()[name] for norm in norms]))
+
+
 def test_shift_norm_is_batch_norm_whose_scale_stays_one():
     x = image(10, 3, 4, 5)
     norm, plain = ShiftNorm(3).double(), nn.BatchNorm2d(3).double()
