@@ -5,6 +5,7 @@ Letters: B batch, H × W size of a map, k × k places of a kernel, p and q the t
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class ViewedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H', W')."""
-        return torch.stack([self._conv_forward(x, kernel, self.bias) for kernel in self.views()]).amax(0)
+        return torch.stack([self._conv_forward(x, kernel, self.bias) for kernel in exact_views(self, x)]).amax(0)
 
 
 class ScaledConv2d(ViewedConv2d):
@@ -35,7 +36,8 @@ class ScaledConv2d(ViewedConv2d):
         """The kernel in every scale, by bilinear interpolation; zeros beyond its border."""
         for scale in self.scales:
             theta = self.weight.new_tensor([[1 / scale, 0, 0], [0, 1 / scale, 0]])
-            yield warped(self.weight, F.affine_grid(theta[None], [1, 1, *self.kernel_size], align_corners=False))
+            grid = F.affine_grid(theta[None], [1, 1, *self.kernel_size], align_corners=False)  # (1, k, k, 2)
+            yield warped(self.weight, shares_of(grid, self.kernel_size))
 
 
 class PerspectiveConv2d(ViewedConv2d):
@@ -65,7 +67,8 @@ class PerspectiveConv2d(ViewedConv2d):
         identity = torch.eye(2, 3, dtype=self.weight.dtype, device=self.weight.device)[None]
         grid = F.affine_grid(identity, [1, 1, *self.kernel_size], align_corners=False)  # (1, k, k, 2)
         for p, q in self.warps.tanh() / 2:
-            yield warped(self.weight, grid / (1 + p * grid[..., :1] + q * grid[..., 1:]))
+            seen = grid / (1 + p * grid[..., :1] + q * grid[..., 1:])
+            yield warped(self.weight, shares_of(seen, self.kernel_size))
 
 
 class ProjectiveConv2d(nn.Module):
@@ -98,12 +101,19 @@ class ProjectiveConv2d(nn.Module):
             theta = self.weight.new_tensor(tilted(math.pi * turn / 4, math.radians(self.tilt)))
             size = [1, 1, *[self.kernel_size] * 3]
             grid = F.affine_grid(theta[None], size, align_corners=False)  # (1, k, k, k, 3)
-            yield warped(self.weight, grid).sum(2)
+            shares = shares_of(grid, self.weight.shape[2:]).unflatten(0, (self.kernel_size, -1))  # (k, k², k³)
+            yield warped(self.weight, shares.sum(0))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, H', W')."""
-        maps = [F.conv2d(x, kernel, self.bias, self.stride, self.padding) for kernel in self.views()]
+        maps = [F.conv2d(x, kernel, self.bias, self.stride, self.padding) for kernel in exact_views(self, x)]
         return torch.stack(maps).amax(0)
+
+
+def exact_views(layer: ViewedConv2d | ProjectiveConv2d, x: Tensor) -> list[Tensor]:
+    """The views of a layer's kernel, for an input: autocast would round where in the kernel they look."""
+    with torch.autocast(x.device.type, enabled=False):
+        return list(layer.views())
 
 
 def tilted(axis: float, angle: float) -> list[list[float]]:
@@ -116,15 +126,40 @@ def tilted(axis: float, angle: float) -> list[list[float]]:
     ]
 
 
-def warped(kernel: Tensor, grid: Tensor) -> Tensor:
-    """A kernel (out, in, …) looked up at a grid (1, …, 2 or 3) in [-1, 1]; zeros beyond the border."""
-    flat = kernel.flatten(0, 1)[None]  # (1, out·in, …): one grid for all
-    return F.grid_sample(flat, grid, align_corners=False).view_as(kernel)
+def warped(kernel: Tensor, shares: Tensor) -> Tensor:
+    """A kernel (out, in, …) whose k × k places take these shares (k², values) of its values, (out, in, k, k)."""
+    return (kernel.flatten(2) @ shares.mT).unflatten(2, kernel.shape[-2:])
+
+
+# Both of the following are `F.grid_sample` with zeros beyond the border, which older versions of torch cannot
+# differentiate twice, nor, on a GPU, differentiate with deterministic operations alone.
+
+
+def shares_of(grid: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What each place of a grid (1, …, D), in [-1, 1] and x first, takes of each value on `sizes` places.
+
+    By linear interpolation, (places, values); nothing beyond the border.
+    """
+    shares = grid.new_ones(1, 1)
+    for coordinate, size in zip(grid.flatten(0, -2).flip(-1).unbind(-1), sizes, strict=True):
+        at = ((coordinate + 1) * size - 1) / 2  # in places, the first at 0
+        near = (1 - (at[:, None] - torch.arange(size, device=grid.device)).abs()).clamp(min=0)  # (places, size)
+        shares = (shares[:, :, None] * near[:, None]).flatten(1)
+    return shares
 
 
 def rotated(x: Tensor, degrees: float) -> Tensor:
     """Images (B, C, H, W) rotated about their centre, by bilinear interpolation; zeros come in at the corners."""
+    (height, width), dtype = x.shape[2:], torch.promote_types(x.dtype, torch.float32)
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    ratio = x.shape[3] / x.shape[2]  # a grid counts both sides from -1 to 1
-    theta = x.new_tensor([[c, -s / ratio, 0], [s * ratio, c, 0]]).expand(len(x), -1, -1)
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+    down = torch.arange(height, dtype=dtype, device=x.device)[:, None] - (height - 1) / 2  # from the centre
+    right = torch.arange(width, dtype=dtype, device=x.device) - (width - 1) / 2
+    row, column = c * down + s * right + (height - 1) / 2, c * right - s * down + (width - 1) / 2  # looked up, (H, W)
+    result, flat = torch.zeros_like(x), x.flatten(2)
+    for below, beside in product((0, 1), repeat=2):
+        i, j = row.floor() + below, column.floor() + beside
+        is_inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+        share = (1 - (row - i).abs()) * (1 - (column - j).abs()) * is_inside
+        places = (i.clamp(0, height - 1) * width + j.clamp(0, width - 1)).long().flatten()
+        result = result + share.to(x.dtype) * flat.index_select(2, places).view(x.shape)
+    return result

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from warps import tilted
+from warps import rotated, shares_of, tilted
 from whitebox import (
     AugMax,
     GlobalMaxPool,
@@ -317,6 +317,46 @@ def test_a_kernel_drawn_half_as_large_has_its_outer_places_at_half_the_distance(
     # Places lie at -2/3, 0, 2/3 of [-1, 1] and are looked up at twice that, beyond ±1: halfway to the zeros outside.
     row = next(layer.views())[0, 0, 1]
     torch.testing.assert_close(row, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("degrees", [15.0, -15.0, 130.0])
+def test_rotated_images_are_those_of_grid_sample_also_where_they_are_no_squares(degrees):
+    x = image(2, 3, 7, 12)
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    theta = torch.tensor([[c, -s * 7 / 12, 0], [s * 12 / 7, c, 0]], dtype=torch.float64).expand(2, -1, -1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    torch.testing.assert_close(rotated(x, degrees), F.grid_sample(x, grid, align_corners=False))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (3, 5, 4)])
+def test_warped_kernels_are_those_of_grid_sample_within_and_beyond_the_border(size):
+    kernel = image(1, 2, *size)
+    grid = 1.5 * image(1, *size, len(size), seed=1)
+    shares = shares_of(grid, size)
+    expected = F.grid_sample(kernel, grid, align_corners=False)
+    torch.testing.assert_close((kernel.flatten(2) @ shares.mT).view_as(kernel), expected)
+
+
+@pytest.mark.parametrize("kind", [ScaledConv2d, PerspectiveConv2d, ProjectiveConv2d])
+def test_in_mixed_precision_views_are_those_of_float32(kind):
+    layer, x = kind(2, 3, 5), image(2, 2, 9, 9).float()
+    kernels = list(layer.views())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.stack([F.conv2d(x, kernel, layer.bias) for kernel in kernels]).amax(0)
+        assert torch.equal(layer(x), expected) and expected.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [ScaledConv2d, PerspectiveConv2d, ProjectiveConv2d])
+def test_convolutions_through_views_can_be_differentiated_twice(kind):
+    layer, x = kind(1, 1, 2).double(), image(1, 1, 3, 3).requires_grad_()
+    start = torch.Generator().manual_seed(1)
+    values = [torch.randn(p.shape, generator=start, dtype=p.dtype).requires_grad_() for p in layer.parameters()]
+
+    def outputs(x, *values):
+        return torch.func.functional_call(layer, dict(zip(dict(layer.named_parameters()), values, strict=True)), x)
+
+    assert torch.autograd.gradgradcheck(outputs, (x, *values))
+    assert torch.autograd.gradgradcheck(lambda x: rotated(x, 15.0).square(), x)
 
 
 def test_a_tilted_kernel_turns_about_its_axis():
