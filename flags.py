@@ -210,7 +210,7 @@ def _add_network(parser: Parser) -> None:
     add("--slot-scale", type=number(float, 0, MAX_SCALE, open_low=True), metavar="X",
         help="slots: inverse temperature of the soft maximum over a class's slots, and factor of the logits")
     add("--slot-lr", type=rate(), metavar="RATE",
-        help="slots: first learning rate of their plain gradient descent; it falls along half a cosine")
+        help="slots: learning rate of their plain gradient descent, the same in every step")
     add("--slot-prune", type=number(int, 0), metavar="N",
         help="slots: after every epoch, drop those that add at most N training samples to a greedy cover")
     add("--slot-update", action=argparse.BooleanOptionalAction,

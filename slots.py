@@ -11,7 +11,6 @@ Letters: N samples (B of a batch), V variants of each, d their dimension, S slot
 length 1, s similarities, t thresholds.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -368,12 +367,8 @@ class Slots(nn.Module):
         prune: int = 5,
         seed: int = 0,
     ) -> list[dict[str, float]]:
-        """Train on features (N, d) and labels (N,) as they are; what each epoch did.
-
-        In the last epoch nothing grows. The rate falls from `lr` along half a cosine.
-        """
+        """Train on features (N, d) and labels (N,) as they are; what each epoch did. In the last one nothing grows."""
         generator, history = torch.Generator().manual_seed(seed), []
-        step, num_steps = 0, epochs * -(-len(y) // batch_size)
         for epoch in range(epochs):
             before, added, uncovered = len(self), 0, 0
             for batch in torch.randperm(len(y), generator=generator).split(batch_size):
@@ -383,8 +378,7 @@ class Slots(nn.Module):
                     added, uncovered = added + growth.added, uncovered + growth.uncovered
                 if len(self):
                     F.cross_entropy(self(h_b), y_b).backward()
-                    self.step(lr * (1 + math.cos(math.pi * step / num_steps)) / 2)
-                step += 1
+                    self.step(lr)
             covered = self.calibrate(h, y)
             self.prune(covered, prune)
             pruned = before + added - len(self)

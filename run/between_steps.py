@@ -1,6 +1,5 @@
 """What some layers need between the steps of training: weights in bounds, a temperature that falls, slots that come."""
 
-import math
 from typing import Any
 
 import torch
@@ -31,10 +30,10 @@ class Anneal(Callback):
 class Grow(Callback):
     """Trains the layer of slots that a network ends with: it grows, takes its own steps, and is pruned.
 
-    It grows in every batch, but not in the last epoch; the rate of its steps falls along half a cosine. Before each
-    test every slot gets its threshold on the whole training set, and a cover of that is kept. `values` hold the number
-    of slots, in all and of each class, how many were added and pruned, how many samples no slot could tell from those
-    of another class, and which share of the training samples has a slot of its class that matches.
+    It grows in every batch, but not in the last epoch. Before each test every slot gets its threshold on the whole
+    training set, and a cover of that is kept. `values` hold the number of slots, in all and of each class, how many
+    were added and pruned, how many samples no slot could tell from those of another class, and which share of the
+    training samples has a slot of its class that matches.
     """
 
     def __init__(self, lr: float, prune: int) -> None:
@@ -67,7 +66,7 @@ class Grow(Callback):
         if self._grows:
             self._added += layer.growth.added
             self._uncovered += layer.growth.uncovered
-        layer.step(self.lr * half_cosine((trainer.global_step - 1) / trainer.estimated_stepping_batches))
+        layer.step(self.lr)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -86,11 +85,6 @@ class Grow(Callback):
 def grown_in(module: nn.Module) -> Any:
     """The layer that grows."""
     return layers_with("await_batch", module)[0]
-
-
-def half_cosine(done: float) -> float:
-    """From 1 to 0 over training, of which a share is done."""
-    return (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 def counts(layer: Any) -> dict[str, float]:
