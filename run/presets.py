@@ -188,7 +188,8 @@ PRESETS = {
 }
 
 # With --head slots on the raw input, where nothing else is trained.
-SLOTS_ALONE = {"epochs": 6, "batch_size": 1000, "augment": False}
+SLOTS_ALONE = {"epochs": 8, "batch_size": 1000, "augment": False, "slot_scale": 20.0, "slot_lr": 5.0}
+SLOTS_ALONE_ON = {"MNIST": SLOTS_ALONE | {"slot_lr": 20.0}}
 
 # Measured layers that pool a feature map: gone where the head works on the map.
 POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
@@ -208,7 +209,7 @@ def preset(model: str, dataset: str, head: str = "linear", widths: Sequence[obje
     """The flags that the preset of a model on a dataset sets; `widths` as they are given."""
     flags = PRESETS.get((model, dataset), PRESETS.get((model,), {}))
     is_raw = model == "MLP" and head == "slots" and widths is not None and len(widths) == 0
-    return flags | SLOTS_ALONE if is_raw else flags
+    return flags | SLOTS_ALONE_ON.get(dataset, SLOTS_ALONE) if is_raw else flags
 
 
 def merged(*levels: dict[str, Any]) -> dict[str, Any]:

@@ -115,9 +115,12 @@ def test_networks_without_a_head_that_grows_bring_no_callback():
 
 def test_presets_of_slots_on_the_raw_input_and_behind_a_backbone():
     raw = get_args(["-m", "MLP", "-d", "MNIST", "--head", "slots", "-w"])
-    assert (raw.widths, raw.epochs, raw.batch_size, raw.augment, raw.dib) == ([], 6, 1000, False, False)
+    assert (raw.widths, raw.epochs, raw.batch_size, raw.augment, raw.dib) == ([], 8, 1000, False, False)
     behind = get_args(["-m", "MNISTNet", "-d", "MNIST", "--head", "slots"])
     assert behind.epochs == get_args(["-m", "MNISTNet", "-d", "MNIST"]).epochs and not behind.dib
+    other = get_args(["-m", "MLP", "-d", "FashionMNIST", "--head", "slots", "-w"])
+    assert [args.slot_scale for args in (raw, other, behind)] == [20.0, 20.0, 30.0]
+    assert [args.slot_lr for args in (raw, other, behind)] == [20.0, 5.0, 20.0]
     assert get_args(["-m", "MLP", "-d", "MNIST", "-w"]).epochs == get_args(["-m", "MLP", "-d", "MNIST"]).epochs
 
 
@@ -126,8 +129,8 @@ def test_presets_of_slots_on_the_raw_input_and_behind_a_backbone():
     [
         ("--slot-lr 1", "--slot-lr: is for --head slots"),
         ("--head slots --dib", "--dib: a fresh decoder would have no slots"),
-        ("--head slots --devices 2", "--devices: --head slots grows on one device alone"),
-        ("--head slots --num-nodes 2", "grows on one device alone"),
+        ("--head slots --devices 2", "--devices: --head slots grows, and is measured, on one device alone"),
+        ("--head slots --num-nodes 2", "on one device alone"),
         ("--head slots --precision bf16-true", "--precision: for --head slots it is one of 32-true"),
         ("--head slots --compile", "--compile: not allowed with --head slots"),
         ("--head slots --loss mse", "--loss: only cross-entropy"),
