@@ -43,7 +43,10 @@ LIBRARIES = (
     *("pandas", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.mathtext", "sklearn.cluster"),
 )
 FREE = re.compile(
-    r"WARM_SERVER|SLURM_\w+|MASTER_(ADDR|PORT)|NODE_RANK|PATH|PYTHONPATH|PYTHON(IOENCODING|UNBUFFERED|DONTWRITEBYTECODE)|PYTEST_\w+"
+    r"WARM_SERVER|SLURM_\w+|MASTER_(ADDR|PORT)|NODE_RANK|STARTED_BY|LOCAL_WORLD_SIZE|PATH|PYTHONPATH|PYTEST_\w+|"
+    r"PYTHON(IOENCODING|UNBUFFERED|DONTWRITEBYTECODE)|"
+    # Lightning sets it, the program takes it away, and torch sets the other: all after the start.
+    r"PYTORCH_NVML_BASED_CUDA_CHECK|TORCHINDUCTOR_CACHE_DIR"
 )
 CLOSED = -10  # for `stdout`: as after the shell's `>&-`
 NUM_FILTERS = len(warnings.filters)  # before a library is imported
