@@ -231,7 +231,10 @@ def test_further_signals_are_harmless_and_one_that_gets_lost_comes_again(meddle,
     """Pressed three times, then while all is torn down; or while an object is destroyed, where Python drops it."""
     status, text = finish([*SHORT, "-e", "5000"], tmp_path, meddle=meddle)
     assert status == 130
-    assert text == "main.py: ended by Ctrl-C; `python main.py --resume lightning_logs/version_0` goes on\n"
+    *before, last = text.splitlines()
+    assert last == "main.py: ended by Ctrl-C; `python main.py --resume lightning_logs/version_0` goes on"
+    # A run that goes on for some epochs before it is interrupted may have heads to warn of.
+    assert all(line.startswith("main.py: warning: DIB heads trained too short") for line in before)
 
 
 def test_ctrl_c_while_torch_is_imported_is_one_sentence_too():
