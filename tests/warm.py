@@ -45,7 +45,7 @@ LIBRARIES = (
 FREE = re.compile(
     r"WARM_SERVER|SLURM_\w+|MASTER_(ADDR|PORT)|NODE_RANK|STARTED_BY|LOCAL_WORLD_SIZE|PATH|PYTHONPATH|PYTEST_\w+|"
     r"PYTHON(IOENCODING|UNBUFFERED|DONTWRITEBYTECODE)|"
-    # Lightning sets the first and the program takes it away, torch and scikit-learn set the others, all after the start.
+    # Lightning sets the first, the program takes it away, torch and scikit-learn set the others: all after the start.
     r"PYTORCH_NVML_BASED_CUDA_CHECK|TORCHINDUCTOR_CACHE_DIR|KMP_DUPLICATE_LIB_OK|KMP_INIT_AT_FORK"
 )
 CLOSED = -10  # for `stdout`: as after the shell's `>&-`
