@@ -15,7 +15,8 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "salloc", "srun", "scontrol", "scancel", "sinfo", "squeue")
 DAEMONS = "/usr/sbin:/usr/local/sbin"  # which are not on every PATH
 # Nodes are called by addresses, since Lightning takes the first one's name for where the ranks meet. A requeued job
-# becomes eligible only when credentials of its last turn have expired, usually after two minutes.
+# becomes eligible only when credentials of its last turn have expired, usually after two minutes; five seconds are the
+# least that SLURM takes.
 SETTINGS = """
 ClusterName=tests
 SlurmctldHost={host}
@@ -23,7 +24,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 AuthType=auth/none
 CredType=cred/none
-AuthInfo=cred_expire=2
+AuthInfo=cred_expire=5
 ProctrackType=proctrack/linuxproc
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
