@@ -52,6 +52,7 @@ from figures.views import views_classes, views_filters, views_images, views_over
 from run import command
 from run.catalogue import MEASURES, found
 from run.errors import UserError
+from run.parser import Parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ __all__ = [
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of `python plots.py`."""
-    parser = argparse.ArgumentParser(prog=command.PLOTS_NAME, description="Figures of a run, or of several.")
+    parser = Parser(prog=command.PLOTS_NAME, description="Figures of a run, or of several.", allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder that holds such folders")
     add("-o", "--output", default="plots", metavar="FOLDER", help="where to write (default: plots)")

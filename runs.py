@@ -22,6 +22,7 @@ from pathlib import Path
 from run import command, listing
 from run.errors import UserError, write_what_the_terminal_can
 from run.listed import Listed, run_folders
+from run.parser import Parser
 from run.presets import DEFAULTS
 from run.tables import table as as_text
 
@@ -30,9 +31,7 @@ MAX_NOTES = 10  # on what cannot be read
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of `python runs.py`."""
-    parser = argparse.ArgumentParser(
-        prog=command.RUNS_NAME, description="A table of runs, newest first.", allow_abbrev=False
-    )
+    parser = Parser(prog=command.RUNS_NAME, description="A table of runs, newest first.", allow_abbrev=False)
     add = parser.add_argument
     # fmt: off
     add("folders", nargs="*", default=[DEFAULTS["log_dir"]], metavar="FOLDER",
