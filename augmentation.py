@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 AREAS = 0.08, 1.0  # share of the image that a crop has, and its width over its height: those of Inception (Szegedy et
 RATIOS = 3 / 4, 4 / 3  # al. 2015), which are torchvision's
+AT_ONCE = 4  # images: what a crop of more reads and writes on a CPU does not lie in its cache
 ATTEMPTS = 10  # to find a crop that lies within the image
 
 
@@ -102,14 +103,19 @@ class Crops:
 
     def __call__(self, images: Tensor, places: Tensor | None, choices: Tensor) -> Tensor:
         """The images at these places, or all in turn, each cropped as its choices (5, B) say, float32 (B, C, H, W)."""
-        images = (images if places is None else images[places]).float()
+        images = images if places is None else images[places]
+        at_once = AT_ONCE if images.device.type == "cpu" else len(images)
+        parts = zip(images.split(at_once), choices.split(at_once, dim=1), strict=True)
+        return torch.cat([self._cut(*part) for part in parts])
+
+    def _cut(self, images: Tensor, choices: Tensor) -> Tensor:
         height, width = images.shape[2:]
         left, top, across, down, is_flipped = choices
         x = _positions(left, across, width)  # (B, W)
         x = torch.where(is_flipped[:, None] > 0, x.flip(1), x)
         y = _positions(top, down, height)  # (B, H)
         grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=3)  # (B, H, W, 2)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+        return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
 def _positions(first: Tensor, length: Tensor, size: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from augmentation import augmentation_of, generator
 from run.errors import UserError, WrongFlag
+from run.memory import LIBC
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +28,6 @@ FIRST_VALUES = 2**28  # of the first images that a network's start may look at
 AHEAD = 2  # batches that are fetched while one is used
 MADV_WILLNEED, PAGE = 3, 4096
 SHARE_OF_FREE_MEMORY = 0.5  # of the device that the data may take; the rest is the network's
-LIBC = ctypes.CDLL(None)
 
 
 class Batches:

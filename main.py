@@ -61,6 +61,7 @@ def train(args: Namespace) -> None:
     from run.console import Console
     from run.loggers import Loggers, refuse_missing
     from run.lr_range_test import lr_range_test
+    from run.memory import keep_freed_memory
     from run.presets import flags_of_run
     from run.record import RunRecord
     from run.run_folder import RunFolder
@@ -68,6 +69,7 @@ def train(args: Namespace) -> None:
     from run.trainer import new_trainer
 
     refuse_missing(args.logger)
+    keep_freed_memory()
     flags = flags_of_run(args)
     data = load_data(args)
     module = new_classifier(flags, data)
@@ -118,6 +120,7 @@ def measure(args: Namespace) -> None:
     from run.checkpoints import checkpoints_in
     from run.console import Console
     from run.loggers import Loggers, refuse_missing
+    from run.memory import keep_freed_memory
     from run.presets import flags_of_run
     from run.record import RunRecord
     from run.run_folder import RunFolder
@@ -125,6 +128,7 @@ def measure(args: Namespace) -> None:
     from run.trainer import new_trainer, use_threads
 
     refuse_missing(args.logger)
+    keep_freed_memory()
     files = checkpoints_in(args.measure)
     data = load_data(args)
     networks = SavedNetworks(files, data.dataset.shape, data.dataset.num_classes, args.precision == "64-true")

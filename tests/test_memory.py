@@ -1,6 +1,13 @@
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from run import memory
+
+glibc = pytest.mark.skipif(not hasattr(memory.LIBC, "mallopt"), reason="another C library keeps what it likes")
 
 
 def test_free_memory_is_positive_and_at_most_what_the_machine_has():
@@ -35,3 +42,47 @@ def test_the_groups_of_a_process_are_found_whatever_their_version(tmp_path, monk
     monkeypatch.setattr(memory, "ROOTS", {"": tmp_path / "v2", "memory": tmp_path / "v1"})
     monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "cgroup")
     assert memory.cgroup_free_memory() == 2900
+
+
+def faults_of_a_large_tensor():
+    """How often the system had to find a page for 64 MB that are written and freed."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.fixture
+def plenty(monkeypatch):
+    """Much free memory, of which the process may keep some."""
+    monkeypatch.setattr(memory, "PLENTY", 0)
+    memory.keep_freed_memory()
+
+
+@glibc
+def test_freed_memory_is_kept_for_what_comes_next(plenty):
+    """Not at once: what is freed first may lie a few bytes short of what the next needs."""
+    for _ in range(10):
+        faults_of_a_large_tensor()
+    assert faults_of_a_large_tensor() < 2**26 // resource.getpagesize() // 10
+
+
+@glibc
+def test_who_asks_what_is_free_gets_what_was_kept(plenty):
+    def own():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    faults_of_a_large_tensor()
+    before = own()
+    memory.machine_memory()
+    assert before - own() > 2**25
+
+
+def test_where_memory_is_scarce_nothing_is_kept(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "LIBC", SimpleNamespace(mallopt=lambda *option: asked.append(option)))
+    monkeypatch.setattr(memory, "machine_memory", lambda: memory.PLENTY - 1)
+    memory.keep_freed_memory()
+    assert asked == []
+    monkeypatch.setattr(memory, "machine_memory", lambda: memory.PLENTY)
+    memory.keep_freed_memory()
+    assert asked == [(memory.M_MMAP_THRESHOLD, memory.KEPT)]  # which was refused, so the other is left alone
