@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from measures.convolutions import BilinearConvolutions
 from measures.layers import CALL, hookable_layers, perhaps_layers, shapes_of_layers, traced
 from measures.passes import untouched
 from run.errors import UserError
@@ -24,7 +25,8 @@ from run.memory import free_memory
 from run.ranks import ALONE, Ranks
 
 CHUNK = 256  # samples of a pass whose graph is dropped at once
-CHUNK_BYTES = 2**30  # of the graph of a chunk that is kept
+CHUNK_BYTES = 2**30  # of the graph of a chunk
+CPU_CHUNK, CPU_CHUNK_BYTES = 128, 2**25  # samples and bytes beyond which larger chunks are no faster on CPUs
 GRAPH_SHARE = 0.4  # of free memory that kept graphs may take
 TRIAL = 8  # samples whose graph tells how large one is
 JACOBIAN = 2**24  # numbers of Jacobians held at once
@@ -428,7 +430,8 @@ class Curvature:
     """∂²/∂rows ∂columns of the mean over a view's samples of a number of each: products with vectors.
 
     The graph of the first derivative is built once for each chunk of samples and kept, so that a product is one
-    backward pass. Where the graphs do not fit into memory, they are built anew for every product.
+    backward pass. Where the graphs do not fit into memory, they are built anew for every product. On CPUs a chunk is
+    small where the graph is large: memory of the size of a few images' activations is used again and again.
     """
 
     def __init__(self, view: View, of: Name, rows: Parameters, columns: Parameters) -> None:
@@ -437,7 +440,10 @@ class Curvature:
         size = self._graph_bytes()
         free = free_memory(view.device)
         mine = -(-len(view) // view.ranks.num)
-        self.chunk = max(1, min(mine, CHUNK_BYTES // max(size, 1)))
+        most = CHUNK_BYTES // max(size, 1)
+        if view.device.type == "cpu":
+            most = min(most, max(CPU_CHUNK, CPU_CHUNK_BYTES // max(size, 1)))
+        self.chunk = max(1, min(mine, most))
         self.is_kept = view.keeps_graphs and size * mine <= GRAPH_SHARE * free
         self._graphs: list[dict[str, Tensor]] | None = None
 
@@ -479,7 +485,7 @@ class Curvature:
             self._graphs = graphs
 
     def _gradient(self, part: slice) -> dict[str, Tensor]:
-        with self.view.at_rest():
+        with self.view.at_rest(), BilinearConvolutions():
             logits, found = self.view.run(part, [self.of])
             value = self.view.samplewise(self.of, logits, found, part).sum() / len(self.view)
             return dict(zip(self.tensors, gradients(value, list(self.tensors.values()), graph=True), strict=True))

@@ -18,7 +18,7 @@ from run.errors import NotFinite
 PRECISE = 2**16  # numbers in a vector up to which vectors are float64
 CANCELLED = 0.7  # what is left of a vector's length at least, if rounding is to play no role
 SHRUNK = 0.01  # of the largest product, what is left at least if rounding is to grow no more than a hundredfold
-GROWTH, GROWTH_ELEMENTS = 32, 2**24  # vectors for which room is made at a time: more if they are short
+GROWTH, GROWTH_ELEMENTS = 32, 2**26  # vectors for which room is made at a time: more if they are short
 MISSED = 0.02  # chance of overlooking a copy at which they end before
 
 Product = Callable[[Tensor], Tensor]

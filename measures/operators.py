@@ -6,6 +6,7 @@ Letters: H the symmetric matrix (n × n), λ eigenvalues, m Lanczos steps, θ Ri
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ STEPS, PROBES, TRACE_PROBES = 80, 5, 100
 SECOND_LOOK = 8  # steps at most from another start, in case an eigenvalue has copies
 MOST_STEPS = 3000  # of one search for eigenpairs
 BASIS_SHARE = 0.25  # of free memory that Lanczos vectors may take
+TOGETHER = 2**24  # numbers of probes that are drawn at a time
 
 
 class Pairs(NamedTuple):
@@ -239,17 +241,24 @@ class Symmetric:
 
     def _probed(self, probes: int, deflate: Lanczos | None) -> tuple[Estimate, Estimate]:
         """tr H and ‖H‖_F²."""
-        V = None if deflate is None else deflate.basis
         traces, squares = [], []
-        for i in range(probes):
-            z = self._signs("trace", i)
-            z = z if V is None else z - (V.T @ (V @ z.to(V))).to(z)
+        for z in self._probes(probes, deflate):
             Hz = self.matvec(z).double()
             traces.append(z.double() @ Hz)
             squares.append(Hz @ Hz)
         known = (0.0, 0.0) if deflate is None else deflate.known()
         estimates = estimate(torch.stack(traces).cpu()), estimate(torch.stack(squares).cpu())
         return tuple(Estimate(e.value + part, e.error) for e, part in zip(estimates, known, strict=True))
+
+    def _probes(self, num: int, deflate: Lanczos | None) -> Iterator[Tensor]:
+        """Vectors of random signs without what lies in a space: of many at a time, which reads the space but once."""
+        together = max(1, TOGETHER // self.size)
+        for first in range(0, num, together):
+            Z = torch.stack([self._signs("trace", i) for i in range(first, min(first + together, num))])
+            if deflate is not None:
+                Q = deflate.basis
+                Z -= ((Z.to(Q) @ Q.T) @ Q).to(Z)
+            yield from Z
 
     def _grown(self, start: Tensor, steps: int) -> Lanczos:
         space = Lanczos(self.matvec, start, self.dtype)
@@ -266,7 +275,7 @@ class Symmetric:
     def _signs(self, purpose: str, i: int) -> Tensor:
         """A vector of random signs, the same on every device."""
         generator = torch.Generator().manual_seed(seed_from(self.seed, purpose, i))
-        signs = 2 * torch.randint(2, (self.size,), generator=generator) - 1
+        signs = 2 * torch.randint(2, (self.size,), generator=generator, dtype=torch.int8) - 1
         return signs.to(self.device, self.dtype)
 
 

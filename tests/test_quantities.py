@@ -464,6 +464,17 @@ def test_graphs_that_do_not_fit_are_built_anew(cnn, data, monkeypatch):
     torch.testing.assert_close(anew.matrix(), kept.matrix())
 
 
+def test_products_in_the_small_chunks_of_cpus_are_those_of_one(cnn, data, monkeypatch):
+    x, y = (tensor.repeat(12, *[1] * (tensor.dim() - 1)) for tensor in data)
+    whole = look(cnn, x, y, "hess(loss, theta)")
+    monkeypatch.setattr("measures.derivatives.CPU_CHUNK", 50)
+    monkeypatch.setattr("measures.derivatives.CPU_CHUNK_BYTES", 1)
+    parts = look(cnn, x, y, "hess(loss, theta)")
+    assert [made.operator.product.__self__.chunk for made in (whole, parts)] == [12 * N, 50]
+    v = torch.randn(whole.operator.size, dtype=torch.float64)
+    torch.testing.assert_close(parts.matvec(v), whole.matvec(v))
+
+
 def test_a_deep_network_keeps_its_order_of_layers(cnn, data):
     shapes = list(View(cnn, *data).shapes)
     assert shapes[0] == "input" and shapes[-1] == "output"
