@@ -29,6 +29,8 @@ NOISE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 ALWAYS = (0.0, 1.0)  # sizes: no noise, and as much as there is of what it is added to
 DRAWS = 5
 
+Change = Callable[[Tensor], Tensor]  # of a layer's output (B, …)
+
 
 class Perturb(Viewing):
     """Logs how loss and accuracy change when a layer's output is disturbed, on the samples that `Viewing` sees.
@@ -145,8 +147,9 @@ def with_noise(view: View, place: str, rms: float, sizes: Sequence[float], seed:
 
     def logits(part: slice) -> Iterator[Tensor]:
         z = standard_normal(part, shape, seed).to(view.x)
+        with_change = resumed(view.network, place, view.x[part])
         for size in sizes:
-            yield changed(view.network, place, view.x[part], lambda h, s=size * rms: h + s * z if s else h)
+            yield with_change(lambda h, s=size * rms: h + s * z if s else h)
 
     return view.losses_and_accuracies(len(sizes), logits).cpu()
 
@@ -163,19 +166,55 @@ def without_channels(view: View, place: str) -> Tensor:
     num = shape_of(view, place)[0]
 
     def logits(part: slice) -> Iterator[Tensor]:
+        with_change = resumed(view.network, place, view.x[part])
         for c in range(num):
             index = torch.tensor([c], device=view.device)
-            yield changed(view.network, place, view.x[part], lambda h, index=index: h.index_fill(1, index, 0.0))
+            yield with_change(lambda h, index=index: h.index_fill(1, index, 0.0))
 
     return view.losses_and_accuracies(num, logits).cpu()
 
 
-def changed(network: nn.Module, place: str, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def resumed(network: nn.Module, place: str, x: Tensor) -> Callable[[Change], Tensor]:
+    """A function from a change of a layer's output to the network's logits of x, to the bit those of `changed`.
+
+    Of a network of blocks, what comes before the block with that layer runs but once.
+    """
+    if place == OUTPUT:
+        logits = network(x)
+        return lambda change: change(logits)
+    blocks = [network.get_submodule(name) for name in getattr(network, "sequence", ())]
+    first = 0 if place == INPUT else index_of_block(network, place, blocks)
+    if not first:
+        return lambda change: changed(network, place, x, change)
+    for block in blocks[:first]:
+        x = block(x)
+
+    def rest(h: Tensor) -> Tensor:
+        h = h.clone()  # a block may write into its input
+        for block in blocks[first:]:
+            h = block(h)
+        return h
+
+    return lambda change: with_hook(network, place, change, lambda: rest(x))
+
+
+def index_of_block(network: nn.Module, place: str, blocks: Sequence[nn.Module]) -> int:
+    """Which of the blocks has a layer in it, the first if several have; 0 also where none has."""
+    layer = network.get_submodule(place.partition(CALL)[0])
+    return next((i for i, block in enumerate(blocks) if any(part is layer for part in block.modules())), 0)
+
+
+def changed(network: nn.Module, place: str, x: Tensor, change: Change) -> Tensor:
     """The network's logits of x where the output of one of its layers is changed on the way."""
     if place == INPUT:
         return network(change(x))
     if place == OUTPUT:
         return change(network(x))
+    return with_hook(network, place, change, lambda: network(x))
+
+
+def with_hook(network: nn.Module, place: str, change: Change, run: Callable[[], Tensor]) -> Tensor:
+    """What `run` returns while the output of a layer, in that call of it which the place names, is changed."""
     name, _, call = place.partition(CALL)
     calls = itertools.count()
 
@@ -184,6 +223,6 @@ def changed(network: nn.Module, place: str, x: Tensor, change: Callable[[Tensor]
 
     handle = network.get_submodule(name).register_forward_hook(hook)
     try:
-        return network(x)
+        return run()
     finally:
         handle.remove()

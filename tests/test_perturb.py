@@ -11,7 +11,8 @@ from torch import nn
 
 from classifier import squared_error
 from measures.derivatives import View
-from measures.perturb import changed, root_mean_squares, standard_normal, with_noise, without_channels
+from measures.perturb import changed, resumed, root_mean_squares, standard_normal, with_noise, without_channels
+from networks import build_network
 from run.arrays import read
 
 RUN = Path("lightning_logs")
@@ -95,6 +96,41 @@ def test_one_call_of_a_layer_that_runs_twice_is_changed_and_no_hook_is_left():
     with pytest.raises(ZeroDivisionError):
         changed(network, "relu:0", x, lambda h: 1 / 0)
     assert not network.relu._forward_hooks and float(network(x)) == 2
+
+
+@pytest.mark.parametrize("model", ["MLP", "MNISTNet", "ResNet"])
+def test_running_a_network_from_the_changed_block_on_gives_the_bits_of_the_whole(model):
+    torch.manual_seed(0)
+    network = build_network(model, (1, 12, 12), 3).eval()
+    x = torch.randn(2, 1, 12, 12)
+    seen = x.clone()
+    inner = {"ResNet": ["bn1", "layer2.0.relu:1", "layer3.0.downsample.1"], "MNISTNet": ["conv2.conv", "flatten"]}
+    ran: list[nn.Module] = []
+    first = network.get_submodule(network.sequence[0]).register_forward_hook(lambda *args: ran.append(args[0]))
+    for place in ("input", *network.sequence, *inner.get(model, ()), "output"):
+        with torch.no_grad():
+            with_change = resumed(network, place, x)
+            ran.clear()
+            for factor in (1.0, 2.0):
+                change = lambda h, f=factor: f * h if f != 1 else h  # noqa: E731
+                found = with_change(change)
+                is_rerun = bool(ran)
+                torch.testing.assert_close(found, changed(network, place, x, change), rtol=0, atol=0)
+                ran.clear()
+                assert is_rerun == (place in ("input", network.sequence[0]))
+    assert torch.equal(x, seen)
+    first.remove()
+    assert not any(part._forward_hooks for part in network.modules())
+
+
+def test_a_network_of_no_blocks_runs_as_a_whole():
+    view = linear()
+    for place in ("input", "0", "1", "output"):
+        with_change = resumed(view.network, place, view.x)
+        for factor in (0.0, 2.0):
+            mine, whole = (run(lambda h, f=factor: f * h) for run in (
+                with_change, partial(changed, view.network, place, view.x)))  # fmt: skip
+            assert torch.equal(mine, whole)
 
 
 def test_a_run_logs_its_arrays_against_the_network_as_it_is(in_an_empty_folder):
