@@ -36,6 +36,7 @@ from figures.labels import family_of, is_known, label_of
 from figures.landscape import channel_importance, landscape_curves, landscape_maps, perturbation_curves
 from figures.layerwise import measure_over_epochs
 from figures.look import eigenvalues_over_epochs, look_over_epochs, ntk_spectrum, spectra
+from figures.look_groups import spectra_by_group, spectra_of_average
 from figures.look_matrices import gradient_cosines, jacobian_singular_values, matrices, path
 from figures.looks import families
 from figures.pages import write
@@ -65,7 +66,8 @@ __all__ = [
     "load", "look_over_epochs", "lr_range_test", "main", "matrices", "measure_over_epochs",
     "minimality_over_epochs", "nc1_against_minimality", "nc1_over_depth", "nc1_over_epochs", "ntk_spectrum", "path",
     "perturbation_curves", "rank_over_depth", "rank_over_epochs", "singular_values", "slot_pictures",
-    "slots_over_epochs", "spectra", "sufficiency_minimality", "summary", "training_curves", "tsne_maps",
+    "slots_over_epochs", "spectra", "spectra_by_group", "spectra_of_average", "sufficiency_minimality", "summary",
+    "training_curves", "tsne_maps",
     "uncovered_samples", "views_classes", "views_filters", "views_images", "views_over_epochs", "views_units",
     "write",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,12 +17,12 @@ from figures.axes import (
     chosen_epochs,
     draw_line,
     epoch_axis,
-    in_units_of,
     is_wide,
     log_axis,
     log_ticks_on,
     thin,
 )  # fmt: skip
+from figures.densities import NEAR_ZERO, SMOOTHING, Density, DensityAxes, ticks_around_zero
 from figures.labels import OF_LOOKS
 from figures.looks import MEASURE, add_title, shown
 from figures.pages import COLUMNS, epoch_legend, grid, legend_below, legend_beside, new_page, remove, styled
@@ -32,16 +32,12 @@ from figures.style import OKABE_ITO, NothingToDraw, plain, shades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 MAX_ROWS = 8  # quantities of a page
 MAX_EPOCHS = 3
 FAR_APART = 20  # the largest of several quantities over the least, from which lines would lie flat at the bottom
 ROUNDING = 1e-14  # of the largest eigenvalue: what is below is none
-SMOOTHING = 0.1  # decades: the width of a Gaussian, and of a histogram's bins
-NEAR_ZERO = 1e-4  # of the largest |λ|: within, the axis is linear
-DECADES = 7  # of density below its peak that a panel shows where it comes from probes
 NO_HESSIAN = "No Hessian or kernel was looked at; main.py looks at one with --look hessian."
 
 
@@ -100,7 +96,9 @@ def look_over_epochs(runs: Run | Sequence[Run], statistics: Sequence[str] | None
 
 
 @styled
-def ntk_spectrum(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None) -> Figure:
+def ntk_spectrum(
+    runs: Run | Sequence[Run], epochs: Sequence[int] | None = None, names: Sequence[str] | None = None
+) -> Figure:
     """The eigenvalues λ_i of each neural tangent kernel against i, both on logarithmic axes, a color per epoch.
 
     A straight line is a power law. A line per run; what rounding left below zero is not shown.
@@ -110,9 +108,10 @@ def ntk_spectrum(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None)
     if not found:
         raise NothingToDraw("No kernel was looked at; main.py looks at one with --look ntk.")
     draw = _Decay(looks.maths(comparison.settings), epochs)
-    measures = [f"look/{name}/eig1" for name in found[:MAX_ROWS]]
+    chosen = looks.chosen(found, names, MAX_ROWS)
+    measures = [f"look/{name}/eig1" for name in chosen]
     options = {"share": False, "sums_up": False, "height": 2.6, "legend": epoch_legend}
-    return grid(runs, "Neural tangent kernels", measures, draw, **options)
+    return grid(runs, f"Neural tangent kernels{looks.left_out(chosen, found)}", measures, draw, **options)
 
 
 def _rows(
@@ -122,10 +121,8 @@ def _rows(
     found = looks.names(settings, statistic)
     if not found:
         raise NothingToDraw(lacking)
-    chosen = [name for name in wanted if name in found] if wanted is not None else found[:MAX_ROWS]
-    if not chosen:
-        raise NothingToDraw(f"Looked at were {', '.join(found)}; not {', '.join(wanted)}.")
-    return chosen, f" (the first {len(chosen)} of {len(found)})" if wanted is None and len(chosen) < len(found) else ""
+    chosen = looks.chosen(found, wanted, MAX_ROWS)
+    return chosen, looks.left_out(chosen, found) if wanted is None else ""
 
 
 def _name(measure: str) -> str:
@@ -137,12 +134,12 @@ class _Spectra:
 
     def __init__(self, settings: Sequence[Setting], names: Sequence[str], epochs: Sequence[int] | None) -> None:
         self.maths = looks.maths(settings)
-        self.found: dict[tuple[Setting, str], dict[int, _Density]] = {}
+        self.found: dict[tuple[Setting, str], dict[int, Density]] = {}
         for setting in settings:
             if any(kept.epochs_of(run, MEASURE) for run in setting.runs):
                 shown_epochs = chosen_epochs(kept.epochs(setting, MEASURE), epochs, MAX_EPOCHS, np.linspace)
                 for name in names:
-                    densities = {epoch: _Density.of(setting, epoch, name) for epoch in shown_epochs}
+                    densities = {epoch: Density.of(setting, epoch, name) for epoch in shown_epochs}
                     self.found[setting, name] = {epoch: d for epoch, d in densities.items() if d.probes}
         self.measures = [f"look/{name}/eig1" for name in names if self._all_of(name)]
         if not self.measures:
@@ -150,109 +147,18 @@ class _Spectra:
 
     def __call__(self, ax: Axes, setting: Setting, measure: str) -> None:
         name = _name(measure)
-        axis, of_epochs = _SymmetricAxis(self._all_of(name)), self.found.get((setting, name), {})
+        axis, of_epochs = DensityAxes(self._all_of(name)), self.found.get((setting, name), {})
         for i, (epoch, color) in enumerate(zip(of_epochs, shades("plasma", len(of_epochs)), strict=True)):
             of_epochs[epoch].draw(ax, axis, color, f"epoch {epoch}")
             top = _top(setting, epoch, name)
             level = np.full(len(top), 0.97 - 0.05 * i)
             ax.plot(top, level, "|", color=color, transform=ax.get_xaxis_transform(), markersize=5, label="_top")
         axis.set_on(ax)
-        ax.set_yscale("log")
-        ax.set_ylim(*self._heights(name, axis))
-        log_ticks_on(ax.yaxis)
-        ax.set(xlabel="eigenvalue λ", ylabel="density per decade")
         how = next(iter(of_epochs.values())).how if of_epochs else "not measured"
         add_title(ax, f"{looks.symmetric(name, self.maths)}, {how}")
 
-    def _all_of(self, name: str) -> list[_Density]:
+    def _all_of(self, name: str) -> list[Density]:
         return [density for (_, of), by_epoch in self.found.items() if of == name for density in by_epoch.values()]
-
-    def _heights(self, name: str, axis: _SymmetricAxis) -> tuple[float, float]:
-        """From half of what one eigenvalue makes, or seven decades below the peak, to above it."""
-        peak = max(density.curves(axis).max() for density in self._all_of(name))
-        floor = min(density.least or peak / 10**DECADES for density in self._all_of(name))
-        return floor, peak * (peak / floor) ** 0.25
-
-
-class _Density(NamedTuple):
-    """Σ_j w_j δ(λ - θ_j) by each probe of each run: pairs of nodes and weights."""
-
-    probes: list[tuple[np.ndarray, np.ndarray]]
-
-    @classmethod
-    def of(cls, setting: Setting, epoch: int, name: str) -> _Density:
-        arrays = [kept.of_runs(setting, epoch, MEASURE, f"{name}/density_{part}") for part in ("nodes", "weights")]
-        return cls([probe for of_run in zip(*arrays, strict=True) for probe in zip(*of_run, strict=True)])
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the nodes are all eigenvalues, of weight 1/n each."""
-        return all(np.allclose(weights, 1 / len(weights)) for _, weights in self.probes)
-
-    @property
-    def how(self) -> str:
-        """From what it is known."""
-        num_probes = len(self.probes)
-        if self.is_exact:
-            return "exact"
-        return "1 probe" if num_probes == 1 else f"{num_probes} probes: mean, lowest to highest"
-
-    @property
-    def least(self) -> float:
-        """Half of what one eigenvalue makes in a bin, 0 if that is unknown."""
-        return min(1 / (2 * len(nodes) * SMOOTHING) for nodes, _ in self.probes) if self.is_exact else 0.0
-
-    def curves(self, axis: _SymmetricAxis) -> np.ndarray:
-        """Per decade, of each probe: in bins of what is exact, else at places."""
-        if self.is_exact:
-            return np.stack([
-                np.histogram(axis.place(nodes), axis.edges, weights=weights)[0] / SMOOTHING
-                for nodes, weights in self.probes
-            ])  # fmt: skip
-        return np.stack([_smooth(axis.places, axis.place(nodes), weights) for nodes, weights in self.probes])
-
-    def draw(self, ax: Axes, axis: _SymmetricAxis, color: object, label: str) -> None:
-        curves = self.curves(axis)
-        mean, low, high = curves.mean(axis=0), curves.min(axis=0), curves.max(axis=0)
-        if self.is_exact:
-            edges = axis.values(axis.edges)
-            ax.stairs(mean, edges, color=color, linewidth=1.2)
-            ax.stairs(high, edges, baseline=low, fill=True, color=color, alpha=0.2)
-            ax.plot([], [], color=color, label=label)
-        else:
-            places = axis.values(axis.places)
-            ax.plot(places, mean, color=color, label=label)
-            ax.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
-
-
-def _smooth(places: np.ndarray, nodes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Σ_j w_j N(u; u_j, σ²) at places u."""
-    steps = (places[:, None] - nodes) / SMOOTHING
-    return np.exp(-(steps**2) / 2) @ weights / (SMOOTHING * math.sqrt(2 * math.pi))
-
-
-class _SymmetricAxis:
-    """λ on an axis that is logarithmic on both sides of zero: u = asinh(λ / λ₀) / ln 10, in decades where |λ| ≫ λ₀."""
-
-    def __init__(self, densities: Sequence[_Density]) -> None:
-        nodes = np.concatenate([nodes for density in densities for nodes, _ in density.probes])
-        self.largest = float(np.abs(nodes).max())
-        self.width = NEAR_ZERO * self.largest or 1.0
-        places = self.place(nodes)
-        first, last = math.floor(places.min() / SMOOTHING) - 4, math.ceil(places.max() / SMOOTHING) + 4
-        self.edges = SMOOTHING * np.arange(first, last + 1)
-        self.places = np.linspace(self.edges[0], self.edges[-1], 4 * (last - first) + 1)
-
-    def place(self, values: np.ndarray) -> np.ndarray:
-        return np.arcsinh(values / self.width) / math.log(10)
-
-    def values(self, places: np.ndarray) -> np.ndarray:
-        return self.width * np.sinh(places * math.log(10))
-
-    def set_on(self, ax: Axes) -> None:
-        ax.set_xscale("asinh", linear_width=self.width)
-        ax.set_xlim(*self.values(self.edges[[0, -1]]))
-        _ticks_around_zero(ax.xaxis, self.width, self.largest or 1.0)
 
 
 def _top(setting: Setting, epoch: int, name: str) -> list[float]:
@@ -297,18 +203,7 @@ def _scale(ax: Axes, top: np.ndarray, least: np.ndarray) -> None:
             log_axis(ax)
         else:
             ax.set_yscale("asinh", linear_width=NEAR_ZERO * largest.max())
-            _ticks_around_zero(ax.yaxis, NEAR_ZERO * largest.max(), largest.max())
-
-
-def _ticks_around_zero(axis: Axis, width: float, largest: float) -> None:
-    """Zero and powers of ten on either side, from beyond the part that is linear on."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    powers = range(math.floor(math.log10(width)) + 1, math.floor(math.log10(largest)) + 1)
-    ticks = thin([10.0**power for power in powers], 3)
-    axis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0.0, *ticks]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(in_units_of(1))
+            ticks_around_zero(ax.yaxis, NEAR_ZERO * largest.max(), largest.max())
 
 
 class _Statistics:

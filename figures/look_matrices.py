@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from figures import kept, looks
-from figures.axes import MAX_NAMES, chosen_epochs, log_axis, spread, thin
+from figures.axes import MAX_NAMES, chosen_epochs, log_axis, thin
 from figures.looks import MEASURE, add_title, shown
 from figures.pages import epoch_legend, grid, legend_below, new_page, remove, styled
 from figures.runs import Run
@@ -41,11 +41,12 @@ def matrices(
     comparison = compare(runs)
     lacking = "No matrix was kept; main.py keeps those it builds with --look hessian --look-arrays."
     setting, found = looks.first_with(comparison.settings, "matrix", lacking)
-    chosen = _chosen([name.split("/")[0] for name in found], names)
+    found = [name.split("/")[0] for name in found]
+    chosen = looks.chosen(found, names, MAX_MATRICES)
     run = next(run for run in setting.runs if kept.epochs_of(run, MEASURE))
     shown_epochs = chosen_epochs(kept.epochs_of(run, MEASURE), epochs, 2, np.linspace)
     maths = looks.maths([setting])
-    heading = f"Matrices · {setting.label} · {run.folder.resolve().name}"
+    heading = f"Matrices{looks.left_out(chosen, found)} · {setting.label} · {run.folder.resolve().name}"
     figure, axes = new_page(len(chosen), len(shown_epochs), heading, width=3.4, height=2.9)
     for row, name in zip(axes, chosen, strict=True):
         of_epochs = {
@@ -70,10 +71,10 @@ def gradient_cosines(
     comparison = compare(runs)
     lacking = "There are no cosines between groups; main.py looks at them with --look gradients --look-by class."
     setting, found = looks.first_with(comparison.settings, r"cosines/\w+", lacking)
-    chosen = _chosen(found, names)
+    chosen = looks.chosen(found, names, MAX_MATRICES)
     shown_epochs = chosen_epochs(kept.epochs(setting, MEASURE), epochs, 2, np.linspace)
     maths = looks.maths([setting])
-    heading = _heading(comparison, "Cosines between groups", setting)
+    heading = _heading(comparison, f"Cosines between groups{looks.left_out(chosen, found)}", setting)
     figure, axes = new_page(len(chosen), len(shown_epochs), heading, width=2.9, height=2.5)
     for row, name in zip(axes, chosen, strict=True):
         for ax, epoch in zip(row, shown_epochs, strict=True):
@@ -84,7 +85,9 @@ def gradient_cosines(
 
 
 @styled
-def jacobian_singular_values(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None) -> Figure:
+def jacobian_singular_values(
+    runs: Run | Sequence[Run], epochs: Sequence[int] | None = None, names: Sequence[str] | None = None
+) -> Figure:
     """The singular values of each Jacobian: of its mean over samples (line), and of each sample (dashed median, band).
 
     The band holds the samples from the 10th to the 90th of a hundred. A mean far below the samples says that their
@@ -95,15 +98,16 @@ def jacobian_singular_values(runs: Run | Sequence[Run], epochs: Sequence[int] | 
     if not found:
         raise NothingToDraw("No Jacobian was looked at; main.py looks at one with --look jacobian.")
     draw = _Jacobian(looks.maths(comparison.settings), epochs)
-    measures = [f"look/{name}/sample_spectral" for name in found[:MAX_MATRICES]]
+    chosen = looks.chosen(found, names, MAX_MATRICES)
+    measures = [f"look/{name}/sample_spectral" for name in chosen]
     options = {"share": False, "sums_up": False, "height": 2.6, "legend": epoch_legend}
-    figure = grid(runs, "Singular values of Jacobians", measures, draw, **options)
+    figure = grid(runs, f"Singular values of Jacobians{looks.left_out(chosen, found)}", measures, draw, **options)
     legend_below(figure, _jacobian_styles())
     return figure
 
 
 @styled
-def path(runs: Run | Sequence[Run]) -> Figure:
+def path(runs: Run | Sequence[Run], names: Sequence[str] | None = None) -> Figure:
     """The way of the parameters in the plane that holds most of it, its two principal components over the epochs.
 
     From the circle to the dot; the axes say how much of the way's variance they hold. A way of many parameters is
@@ -113,19 +117,19 @@ def path(runs: Run | Sequence[Run]) -> Figure:
     settings = compare(runs).settings
     lacking = "There is no path of the parameters; main.py keeps it with --look theta."
     _, found = looks.first_with(settings, "path", lacking)
-    measures = [f"look/{name.split('/')[0]}/distance" for name in _chosen(found, None)]
+    found = [name.split("/")[0] for name in found]
+    chosen = looks.chosen(found, names, MAX_MATRICES)
+    measures = [f"look/{name}/distance" for name in chosen]
     draw = _Path(looks.maths(settings))
-    return grid(runs, "Path of the parameters", measures, draw, share=False, sums_up=False, height=3)
-
-
-def _chosen(found: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
-    """The wanted ones; else at most six, from the first to the last."""
-    if wanted is None:
-        return spread(found, MAX_MATRICES, np.linspace)
-    chosen = [name for name in found if name in wanted or name.split("/")[0] in wanted]
-    if not chosen:
-        raise NothingToDraw(f"There are {', '.join(found)}; not {', '.join(wanted)}.")
-    return chosen
+    return grid(
+        runs,
+        f"Path of the parameters{looks.left_out(chosen, found)}",
+        measures,
+        draw,
+        share=False,
+        sums_up=False,
+        height=3,
+    )
 
 
 def _heading(comparison: Comparison, what: str, setting: Setting) -> str:

@@ -6,9 +6,12 @@ import functools
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from figures import kept
+from figures.axes import spread
 from figures.settings import Setting
 from figures.style import NothingToDraw, plain
 
@@ -21,6 +24,7 @@ ERRORS = ("residual", "trace_error", "fro_error", "pca_error", "nmf_error")  # a
 FAMILIES = ("grad-loss-theta-*", "grad-loss-f-*", "hess-loss-theta-*", "hess-loss-f-*", "theta-*", "f-*",
             "grad-f-output-theta-*", "grad-f-output-f-*")  # fmt: skip
 FAMILY_STATISTICS = ("norm", "sample_norm", "snr", "top_share", "stable_rank", "trace", "eig1")
+MOST_LACKING = 6  # named in a heading
 MANY = 4  # members from which a family has heat maps
 
 
@@ -72,9 +76,33 @@ def maths(settings: Sequence[Setting]) -> dict[str, str]:
     for setting in settings:
         for run in setting.runs:
             for epoch in kept.epochs_of(run, MEASURE)[-1:]:
-                written = kept.read(kept.file_of(run, epoch, MEASURE), ())[1].get("math")
-                found |= written if isinstance(written, dict) else {}
-    return {name: text for name, text in found.items() if _is_shown(text)}
+                found |= maths_in(kept.read(kept.file_of(run, epoch, MEASURE), ())[1])
+    return found
+
+
+def maths_in(about: dict[str, Any]) -> dict[str, str]:
+    """The same of the settings of one file."""
+    written = about.get("math")
+    return {name: text for name, text in written.items() if _is_shown(text)} if isinstance(written, dict) else {}
+
+
+def chosen(found: Sequence[str], wanted: Sequence[str] | None, most: int) -> list[str]:
+    """The wanted ones, by their whole names or their quantities'; else at most so many, from the first to the last."""
+    if wanted is None:
+        return spread(list(found), most, np.linspace)
+    those = [name for name in found if name in wanted or name.split("/")[0] in wanted]
+    if not those:
+        raise NothingToDraw(f"There are {', '.join(found)}; not {', '.join(wanted)}.")
+    return those
+
+
+def left_out(shown: Sequence[str], found: Sequence[str]) -> str:
+    """What a heading says where a page has not all: how many, and which to ask for."""
+    lacking = [name for name in found if name not in shown]
+    if not lacking:
+        return ""
+    names = ", ".join(lacking[:MOST_LACKING]) + ", …" * (len(lacking) > MOST_LACKING)
+    return f" ({len(shown)} of {len(found)}; with names= also {names})"
 
 
 @functools.cache

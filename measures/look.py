@@ -126,14 +126,8 @@ class Look(Viewing):
         groups = {kind: self._groups(kind, trainer, view, index) for kind in self.by}
         expressions = expanded(self.expressions, view, self.layers or ())
         self.arrays, values, overlaps = {}, {}, Overlaps()
-        self.settings = {
-            "expressions": {expression.column: str(expression) for expression in expressions},
-            "math": {expression.column: expression.math for expression in expressions},
-            "groups": {kind: list(members) for kind, members in groups.items()},
-            "samples": len(view),
-            "dtype": str(view.dtype),
-            **{name: value for name, value in self.wanted._asdict().items() if name != "seed"},
-        }
+        self.settings = self._about(view, expressions)
+        self.settings["groups"] = {kind: list(members) for kind, members in groups.items()}
         for expression in expressions:
             found = quantity(view, expression, self.wanted)
             values |= self._kept(expression, found, overlaps)
@@ -145,12 +139,25 @@ class Look(Viewing):
 
     def measure_average(self, trainer: Trainer, modules: Sequence[LightningModule]) -> dict[str, float]:
         """The figures of the quantities' averages over several networks."""
+        modules = list(modules)
         views = [self._seen(trainer, module)[0] for module in modules]
         self.arrays, values, overlaps = {}, {}, Overlaps()
-        for expression in expanded(self.expressions, views[0], self.layers or ()):
+        expressions = expanded(self.expressions, views[0], self.layers or ())
+        self.settings = self._about(views[0], expressions) | {"networks": [module.source for module in modules]}
+        for expression in expressions:
             found = average([quantity(view, expression, self.wanted) for view in views])
             values |= self._kept(expression, found, overlaps)
         return values | overlaps.shares()
+
+    def _about(self, view: View, expressions: Sequence[Expression]) -> dict[str, Any]:
+        """What is written beside the arrays."""
+        return {
+            "expressions": {expression.column: str(expression) for expression in expressions},
+            "math": {expression.column: expression.math for expression in expressions},
+            "samples": len(view),
+            "dtype": str(view.dtype),
+            **{name: value for name, value in self.wanted._asdict().items() if name != "seed"},
+        }
 
     def _seen(self, trainer: Trainer, pl_module: LightningModule) -> tuple[View, Tensor]:
         self.wanted = self.wanted._replace(seed=seed_from("look", pl_module.hparams.get("seed")))

@@ -301,6 +301,8 @@ MEASURES = (
         figures=(
             "figures.look:spectra",
             "figures.look:eigenvalues_over_epochs",
+            "figures.look_groups:spectra_by_group",
+            "figures.look_groups:spectra_of_average",
             "figures.look:look_over_epochs",
             "figures.look_matrices:matrices",
             "figures.look_matrices:gradient_cosines",

@@ -10,8 +10,9 @@ import torch
 from made_runs import ROOT, legend_labels, lines, load, make_run, panels, sentence, title, write_csv
 
 import plots
+from figures.axes import MAX_NAMES
 from figures.look_matrices import block_means, principal_plane
-from run.arrays import Arrays
+from run.arrays import Arrays, read
 from run.catalogue import MEASURES, found
 
 # Whatever warning a user would see is an error here; deprecations inside libraries nobody sees.
@@ -44,6 +45,8 @@ def with_looks(folder, seed=0, error=None, **options):
     for epoch in (0, 2, 5):
         settings = {"math": MATH, "groups": {"class": ["class0", "class2"]}} | ({"path_error": error} if error else {})
         Arrays(folder).write(epoch, "look", kept_of(epoch, noise), settings)
+    networks = {"networks": [f"{folder}/checkpoints/epoch000{epoch}.ckpt" for epoch in (0, 2, 5)]}
+    Arrays(folder).write("average", "look", kept_of(3, noise), {"math": MATH} | networks)
     return folder
 
 
@@ -51,7 +54,10 @@ def kept_of(epoch, noise):
     values = noise.normal(size=50)
     kept = {f"{HESSIAN}/density_nodes": noise.normal(size=(4, 30)), f"{HESSIAN}/density_weights": np.full((4, 30), 0.0)}
     kept[f"{HESSIAN}/density_weights"][:, :2] = (0.25, 0.75)
-    kept |= {f"{EXACT}/density_nodes": values[None], f"{EXACT}/density_weights": np.full((1, 50), 1 / 50)}
+    for i, path in enumerate((EXACT, f"{EXACT}/class0", f"{EXACT}/class2")):
+        some = np.sort((epoch + i + 1) * np.r_[values[:19], 1.0])[::-1].copy()
+        kept |= {f"{path}/density_nodes": some[None], f"{path}/density_weights": np.full((1, 20), 1 / 20)}
+        kept[f"{path}/eigenvalues"] = some
     kept |= {f"{KERNEL}/eigenvalues": np.r_[np.arange(1.0, 6) ** -2, -1e-20], f"{KERNEL}/matrix": np.eye(6)}
     kept |= {f"{JACOBIAN}/singular_values": np.array([2.0, 1.0]), f"{JACOBIAN}/matrix": -np.ones((2, 2500))}
     kept |= {f"{JACOBIAN}/sample_singular_values": np.arange(1.0, 22)[:, None] * [2.0, 1.0]}
@@ -102,6 +108,53 @@ def test_largest_eigenvalues_are_strokes_where_they_are(run):
     ax = plots.spectra(run, epochs=[5]).axes[0]
     [strokes] = [line for line in ax.get_lines() if line.get_label() == "_top"]
     np.testing.assert_allclose(strokes.get_xdata(), [5.1, 5.01, 5.001])
+
+
+def test_each_group_has_a_line_beside_that_of_all_samples(tmp_path):
+    folders = [with_looks(tmp_path / f"version_{seed}", seed) for seed in range(2)]
+    figure = plots.spectra_by_group(load(*folders))
+    density, spectrum = panels(figure)
+    assert title(figure).startswith("Spectra by group, epoch 5 · ")
+    assert density.get_title() == f"{MATH[EXACT]}, by class, exact"
+    assert legend_labels(figure) == list(lines(spectrum)) == ["class 0", "class 2", "all"]
+    kept = [read(folder / "arrays/epoch0005/look.npz")[0] for folder in folders]
+    for label, path in (("class 0", f"{EXACT}/class0"), ("class 2", f"{EXACT}/class2"), ("all", EXACT)):
+        values = np.mean([arrays[f"{path}/eigenvalues"] for arrays in kept], axis=0)
+        drawn = lines(spectrum)[label].get_ydata()
+        np.testing.assert_allclose(drawn, values[: len(drawn)])
+        assert values[len(drawn)] < 0 or len(drawn) == MAX_NAMES  # what is below zero has no place there
+    assert lines(spectrum)["all"].get_color() == "black" != lines(spectrum)["class 0"].get_color()
+    with_names = plots.spectra_by_group(load(*folders), epoch=2, names=[EXACT])
+    assert title(with_names).startswith("Spectra by group, epoch 2")
+    assert sentence(plots.spectra_by_group(load(*folders), epoch=3)) == "Measured epochs are 0, 2, 5; not [3]."
+
+
+def test_networks_stand_beside_their_average(tmp_path):
+    run = load(folder := with_looks(tmp_path / "version_0"))
+    figure = plots.spectra_of_average(run)
+    drawn = lines(panels(figure)[3])
+    assert title(figure) == "Average of 3 networks · version_0"
+    assert list(drawn) == ["epoch 0", "epoch 2", "epoch 5", "average"]
+    for label, place in (("epoch 2", "epoch0002"), ("average", "average")):
+        values = read(folder / f"arrays/{place}/look.npz")[0][f"{EXACT}/eigenvalues"]
+        np.testing.assert_allclose(drawn[label].get_ydata(), values[: len(drawn[label].get_ydata())])
+    # networks of one epoch lie in folders of their own, and are called by their runs
+    for i, epoch in enumerate((0, 2, 5)):
+        place = folder / f"checkpoint{i:04d}/arrays"
+        place.mkdir(parents=True)
+        (folder / f"arrays/epoch{epoch:04d}").rename(place / "epoch0007")
+    networks = {"networks": [f"runs/{name}/checkpoints/last.ckpt" for name in "abc"]}
+    Arrays(folder).write("average", "look", kept_of(3, np.random.default_rng(0)), {"math": MATH} | networks)
+    assert list(lines(panels(plots.spectra_of_average(run))[3])) == ["a", "b", "c", "average"]
+
+
+def test_a_page_says_what_it_leaves_out(tmp_path, monkeypatch):
+    run = load(with_looks(tmp_path / "version_0"))
+    monkeypatch.setattr("figures.look.MAX_ROWS", 2)
+    monkeypatch.setattr("figures.look_matrices.MAX_MATRICES", 1)
+    assert f"(2 of 3; with names= also {EXACT})" in title(plots.spectra(run)).replace("\n", " ")
+    assert "(1 of 2; with names= also " in title(plots.matrices(run)).replace("\n", " ")
+    assert "with names=" not in title(plots.spectra(run, names=[EXACT]))
 
 
 def test_eigenvalues_have_a_panel_for_each_matrix(run):

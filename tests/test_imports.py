@@ -140,6 +140,8 @@ TESTED_WITH = {
     "figures.kept": "test_figures_clusters",
     "figures.kept_clusters": "test_figures_clusters",
     "figures.labels": "test_figures_layerwise",
+    "figures.densities": "test_figures_look",
+    "figures.look_groups": "test_figures_look",
     "figures.look_matrices": "test_figures_look",
     "figures.looks": "test_figures_look",
     "figures.pages": "test_figures_style",

@@ -169,6 +169,9 @@ def test_the_average_of_several_networks_is_that_of_their_matrices(in_an_empty_f
     data = 2 * train.inputs.float() - 1, train.labels.long()
     networks = [Classifier.load_from_checkpoint(RUN / seed / "checkpoints/last.ckpt").network for seed in "01"]
     *each, mean = rows("both")
+    arrays, about = read(RUN / "both/arrays/average/look.npz")
+    assert about["networks"] == [row["checkpoint"] for row in each] and about["math"]["grad-loss-theta"]
+    assert float(mean["look/hess-loss-theta-output/eig1"]) == arrays["hess-loss-theta-output/eigenvalues"][0]
     assert mean["checkpoint"] == "average" and len(each) == 2
     name = "look/hess-loss-theta-output/eig1"
     matrices = [look(network, *data, asked[0]).matrix() for network in networks]
