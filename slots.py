@@ -165,6 +165,18 @@ def similarities_in(network: nn.Module, x: Tensor) -> Tensor:
     return similarities(unit(h.flatten(1)), slots_of(network).W)
 
 
+class Similarities(nn.Module):
+    """A network as a function of its input whose outputs are the similarities with its slots, (B, S), not logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …) → (B, S)."""
+        return similarities_in(self.network, x)
+
+
 class Growth(NamedTuple):
     """What a batch did: slots added, and unmatched samples that no slot can tell from those of another class."""
 

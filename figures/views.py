@@ -71,16 +71,12 @@ def views_classes(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None
 def views_units(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None) -> Figure:
     """The gradients of hidden units on noise, two of them and the mean of all; with the units' stability on noise.
 
-    Units that are dead on every input of noise are left out.
+    Below them those of slots, if the network has any, class by class. Units and slots that are dead on every input of
+    noise are left out.
     """
     views = _Views.of(runs, epochs)
-    panels = []
-    for layer in views.settings["layers"]:
-        of = f"units/{layer}"
-        names = [f"unit {index}" for index in views.arrays.get(f"{of}/index", ())]
-        cells = views.cells(of, names, ("noise",), only_alive=True)
-        if cells:
-            panels.append(Panel(cells, f"units of {layer}", views.about_units(of, len(cells))))
+    panels = [views.panel(f"units/{layer}", f"units of {layer}") for layer in views.settings["layers"]]
+    panels = [panel for panel in (*panels, views.panel("slots", "slots")) if panel.cells]
     if not panels:
         raise NothingToDraw("No unit of the layers that were viewed has a gradient on noise.")
     return page_of_tiles(views.heading("Gradients of units on noise"), panels)
@@ -103,7 +99,7 @@ def views_filters(runs: Run | Sequence[Run], epochs: Sequence[int] | None = None
 
 @styled
 def views_over_epochs(runs: Run | Sequence[Run]) -> Figure:
-    """Stability, agreement, separation and roughness over the epochs, means over classes and over a layer's units."""
+    """Stability, agreement, separation, roughness over the epochs, means over classes, a layer's units, and slots."""
     draw = _Scores()
     figure = grid(runs, "Input gradients over epochs", SCORES, draw)
     legend_below(figure, draw.legend())
@@ -150,6 +146,19 @@ class _Views(NamedTuple):
             stabilities = ", ".join(f"{self.arrays[f'{of}/stability/{kind}'][i]:.2f}" for kind in kinds)
             cells.append(Cell([gradient_tile(g) for g in gradients], f"{names[i]} · {stabilities}"))
         return cells
+
+    @property
+    def names_of_slots(self) -> list[str]:
+        label, index = (self.arrays.get(f"slots/{name}", ()) for name in ("label", "index"))
+        return [f"{self.class_names[c]}: slot {i}" for c, i in zip(label, index, strict=True)]
+
+    def panel(self, of: str, label: str) -> Panel:
+        """The units of a layer, or the slots, that are not dead on noise; perhaps none."""
+        names = [f"unit {i}" for i in self.arrays.get(f"{of}/index", ())]
+        if of == "slots":
+            names = self.names_of_slots
+        cells = self.cells(of, names, ("noise",), only_alive=True)
+        return Panel(cells, label, self.about_units(of, len(cells)))
 
     def pictured(self, of: str) -> list[tuple[int, int]]:
         """Of the classes or units that have pictures, as many as a page holds: positions there, and among all."""
@@ -199,6 +208,9 @@ class _Scores:
         self._lines(ax, setting, measure, "classes")
         if score == "agreement":
             self._lines(ax, setting, "views/units/agreement/*", None)
+            self._lines(ax, setting, "views/slots/agreement", "slots")
+        elif score != "separation":
+            self._lines(ax, setting, f"views/slots/{score}/*", "slots")
         for kind in ("noise", "images"):
             self._lines(ax, setting, f"views/units/{score}/{kind}/*", None, kind)
         white = self._white(setting) if score == "roughness" else None

@@ -1,7 +1,7 @@
-"""Views: pictures and scores of input gradients, of classes on images and noise and of hidden units, `--views`.
+"""Views: pictures and scores of input gradients, of classes on images and noise, of hidden units and slots, `--views`.
 
-Letters: n inputs, M pictured images, C classes, K of them pictured, U units of a layer, E examples of noise, *shape
-that of an input.
+Letters: n inputs, M pictured images, C classes, K of them pictured, U units of a layer, S slots, E examples of noise,
+*shape that of an input.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from run.errors import NotFinite, UserError, WrongFlag
 from run.expressions import OUTPUT, Expression, Name
 from run.ranks import Ranks
 from run.seeds import seed_from
+from slots import Similarities, slots_of
 
 if TYPE_CHECKING:
     from run.console import Console
@@ -61,13 +62,16 @@ class Views(Viewing):
     - `views/separation/KIND`
     - `views/units/stability/KIND/LAYER`, … and `views/units/agreement/LAYER`, means over the units of each of `places`,
       or of the last measured layer: `units` of them at even steps, 0 for all
+    - of a network that ends with slots, `views/slots/stability/KIND`, … and `views/slots/agreement`, likewise of the
+      similarities with its slots: at even steps, too, through all of them class by class
 
     Roughness is of images alone. Arrays: `images` (M, *shape), `labels` and `logits` (M, C) of those pictured, with
     `gradients` (M, K, *shape) of the classes `gradients_of` (M, K), which are all or, where that is too much, an
     image's own and the wrong one of the largest logit; `filters` of the first layer; `classes/SCORE/KIND` (C,);
-    `units/LAYER/SCORE/KIND` (U,) of the units `units/LAYER/index`. Under `classes/` and `units/LAYER/` also, of those
-    at the positions `pictured`, `examples` (…, E, *shape), the gradients on the first inputs of noise where they are
-    not zero, and `mean/KIND`, the means over all inputs.
+    `units/LAYER/SCORE/KIND` (U,) of the units `units/LAYER/index`; `slots/SCORE/KIND` (U,) of the slots `slots/index`
+    with the classes `slots/label`. Under `classes/`, `units/LAYER/` and `slots/` also, of those at the positions
+    `pictured`, `examples` (…, E, *shape), the gradients on the first inputs of noise where they are not zero, and
+    `mean/KIND`, the means over all inputs.
     """
 
     name = "views"
@@ -123,6 +127,8 @@ class Views(Viewing):
         places = self.places or list(self.layers or network.layers)[-1:]
         for place in places:
             values |= self._units(looks, place)
+        if slots_of(network):
+            values |= self._slots(looks)
         self.settings = {
             "samples": self.samples,
             "dtype": str(looks["noise"].dtype),
@@ -176,6 +182,21 @@ class Views(Viewing):
         scores, arrays = self._look(looks, place, index)
         self.arrays |= {f"units/{place}/{name}": array for name, array in (arrays | {"index": index}).items()}
         return {f"views/units/{name}/{place}": mean(score) for name, score in scores.items()}
+
+    def _slots(self, looks: Mapping[str, View]) -> dict[str, float]:
+        """The columns of the slots; while there are none, none."""
+        network = looks["noise"].network
+        label = slots_of(network).label
+        by_class = label.argsort(stable=True)
+        index = by_class[at_even_steps(len(by_class), self.units)]
+        if not len(index):
+            return {}
+        options = {"chunk": looks["noise"].chunk, "ranks": looks["noise"].ranks}
+        at_slots = {kind: View(Similarities(network), look.x, look.y, **options) for kind, look in looks.items()}
+        scores, arrays = self._look(at_slots, OUTPUT, index)
+        arrays |= {"index": index, "label": label[index]}
+        self.arrays |= {f"slots/{name}": array for name, array in arrays.items()}
+        return {f"views/slots/{name}": mean(score) for name, score in scores.items()}
 
     def _look(
         self, looks: Mapping[str, View], layer: str, index: Tensor, also: Callable = lambda *_: None

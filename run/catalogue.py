@@ -114,7 +114,7 @@ def curvatures(row: Mapping[str, str]) -> str:
 
 
 def readability(row: Mapping[str, str]) -> str:
-    """How well the input gradients of the classes, and of hidden units, can be read."""
+    """How well the input gradients of the classes, of hidden units and of slots can be read."""
 
     def on_both(score: str, end: str = "") -> str:
         return ", ".join(f"{float(row[f'views/{score}/{kind}{end}']):.3g} on {kind}" for kind in ("noise", "images"))
@@ -126,6 +126,8 @@ def readability(row: Mapping[str, str]) -> str:
     start = "views/units/stability/noise/"
     places = [name.removeprefix(start) for name in row if name.startswith(start)]
     lines += [f"views of units of {place}: stability {on_both('units/stability', f'/{place}')}" for place in places]
+    if "views/slots/stability/noise" in row:
+        lines.append(f"views of slots: stability {on_both('slots/stability')}")
     return "\n".join(lines)
 
 
@@ -362,8 +364,8 @@ MEASURES = (
         name="views",
         callback="measures.views:Views",
         flag="views",
-        help="gradients by the input, to be looked at: of each class on images and noise, of hidden units; and the "
-        "first layer's filters",
+        help="gradients by the input, to be looked at: of each class on images and noise, of hidden units and slots; "
+        "and the first layer's filters",
         flags=(
             Flag("views_images", 60, "views: images of the test set, the first ones, that are pictured; 0: none",
                  {"type": number(int, 0, MAX_PICTURED), "metavar": "N"}),
@@ -371,7 +373,7 @@ MEASURES = (
                  {"type": number(int, 2), "metavar": "N"}),
             Flag("views_layers", None, "layers whose units are viewed (else the last measured one)",
                  {"nargs": "+", "metavar": "LAYER"}),
-            Flag("views_units", 60, "units of a layer that are viewed, at even steps; 0: all",
+            Flag("views_units", 60, "units of a layer, and slots, that are viewed, at even steps; 0: all",
                  {"type": number(int, 0), "metavar": "N"}),
         ),
         columns={

@@ -132,6 +132,19 @@ def test_units_that_are_dead_on_noise_are_left_out_and_counted(folder, tmp_path)
     assert sentence(drawn).startswith("No unit")
 
 
+def test_slots_stand_below_the_units_under_the_names_of_their_classes(folder, tmp_path):
+    g = np.random.default_rng(1).normal(size=(3, 2, 1, 4, 4))
+    kept = {"index": np.array([7, 0, 4]), "label": np.array([1, 2, 2]), "pictured": np.arange(3), "examples": g}
+    kept |= {"mean/noise": g.mean(1), "zeros/noise": np.array([0, 1, 0]), "stability/noise": np.array([1, 0, 0.25])}
+    kept = {f"slots/{name}": array for name, array in kept.items()}
+    drawn = plots.views_units(changed(folder, tmp_path / "slots", **kept, CLASSES=list("abcdefghij")))
+    assert titles(drawn)[5:] == ["b: slot 7 · 1.00", "c: slot 4 · 0.25"]
+    assert panels(drawn)[1].get_ylabel() == "slots" and "1 of 3 are dead" in panels(drawn)[1].get_xlabel()
+    np.testing.assert_array_equal(tiles(drawn)[-1], gradient_tile(g[2].mean(0)))
+    dead = {"slots/zeros/noise": np.zeros(3), "units/avgpool/zeros/noise": np.ones(5)}
+    assert len(titles(plots.views_units(changed(folder, tmp_path / "dead", **kept | dead)))) == 3
+
+
 def test_every_filter_is_a_tile_in_its_colors(run, arrays):
     found = tiles(plots.views_filters(run))
     assert len(found) == 7

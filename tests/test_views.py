@@ -17,9 +17,11 @@ from measures import views
 from measures.input_gradients import agreement
 from measures.perturb import standard_normal
 from measures.views import Pictures, Separation, Views, at_even_steps, finite
+from networks import build_network
 from run.arrays import read
 from run.errors import NotFinite
 from run.seeds import seed_from
+from slots import Similarities, similarities_in, unit
 from utils import input_gradients, roughness, separation, stability
 
 LOGS = Path("lightning_logs")
@@ -29,15 +31,32 @@ AGAIN = ["--quiet", "--no-plots", "--name", "again"]
 
 @pytest.fixture(scope="module")
 def on_images(tmp_path_factory):
-    """A folder with images, and a run of MNISTNet on them that views units of a map, all of a layer, and logits."""
+    """A folder with images, and a run of MNISTNet on them that views units of a map, all of a layer, and logits.
+
+    And a run of slots on their pixels that views 3 of them.
+    """
     folder, here = tmp_path_factory.mktemp("trained"), os.getcwd()
     os.chdir(folder)
     make_images(Path("images"))
     line = ["-m", "MNISTNet", "-d", "images", "-e", "1", "--no-dib", "--no-nc", "--quiet", "--views", "--name", "run"]
     line += ["--views-samples", "9", "--views-images", "11", "--views-units", "5"]
     assert main.main([*line, "--views-layers", "conv2.conv", "hidden", "output"]) == 0
+    make_mixed(Path("mixed"))
+    line = ["-m", "MLP", "-d", "mixed", "--head", "slots", "-w", "-e", "2", "-b", "4", "--slot-prune", "0", "--no-nc"]
+    line += ["--quiet", "--views", "--views-samples", "9", "--views-images", "11", "--views-units", "3"]
+    assert main.main([*line, "--name", "slots"]) == 0
     os.chdir(here)
     return folder
+
+
+def make_mixed(root):
+    """Those images with every second one under the other class: many slots to tell them apart."""
+    make_images(root)
+    for path in root.rglob("dark/*[02468].png"):
+        other = path.parent.parent / "light" / path.name
+        content = path.read_bytes()
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
 
 
 def row_of(name, number=-1):
@@ -51,6 +70,10 @@ def columns_of(row):
 
 def arrays_of(name, epoch=1):
     return read(LOGS / name / f"arrays/epoch{epoch:04d}/views.npz")
+
+
+def network_of(name):
+    return Classifier.load_from_checkpoint(LOGS / name / "checkpoints/last.ckpt").network
 
 
 def status_of(argv):
@@ -116,16 +139,74 @@ def test_units_are_those_of_each_layer_at_even_steps_on_noise_and_images(seen):
         stable = float(row[f"views/units/stability/noise/{layer}"])
         assert stable == pytest.approx(float(stability(g["noise"]).mean()), abs=1e-5)
         assert stable == arrays[f"units/{layer}/stability/noise"].mean()
-        for unit, examples in enumerate(arrays[f"units/{layer}/examples"]):
-            alive = [of_input[unit] for of_input in g["noise"] if of_input[unit].any()]
+        for u, examples in enumerate(arrays[f"units/{layer}/examples"]):
+            alive = [of_input[u] for of_input in g["noise"] if of_input[u].any()]
             expected = torch.stack([*alive, *torch.zeros(2, 1, 32, 32)][:2])
             np.testing.assert_allclose(examples, expected, atol=1e-5 * float(g["noise"].abs().max()))
     assert row["views/units/stability/noise/output"] == row["views/stability/noise"]
 
 
+def test_slots_are_viewed_with_the_gradients_of_the_formula(on_images, monkeypatch):
+    """On pixels x a slot w of length 1 has similarity s = ⟨w, x⟩ / ‖x‖ and gradient (w − s x / ‖x‖) / ‖x‖."""
+    monkeypatch.chdir(on_images)
+    row, (arrays, _), slots = row_of("slots"), arrays_of("slots", 2), network_of("slots").head
+    dataset = datasets.load("mixed")
+    x = {"images": (dataset.test.inputs[:9].float() - dataset.offset) * dataset.scale}
+    x["noise"] = standard_normal(slice(0, 9), (1, 32, 32), seed_from("views", 0))
+    index = torch.from_numpy(arrays["slots/index"])
+    w, g = unit(slots.W.detach().double())[index], {}  # (U, d)
+    for kind, inputs in x.items():
+        z, norm = unit(inputs.flatten(1).double()), inputs.flatten(1).double().norm(dim=1)
+        g[kind] = ((w - (z @ w.T)[..., None] * z[:, None]) / norm[:, None, None]).view(9, len(w), 1, 32, 32)
+        # float32 gradients: relative 1e-6 of the largest
+        scale = float(g[kind].abs().max())
+        np.testing.assert_allclose(arrays[f"slots/mean/{kind}"], g[kind].mean(0), rtol=0, atol=1e-5 * scale)
+        for name, score in (("stability", stability(g[kind])), ("roughness", roughness(g[kind]).mean(0))):
+            np.testing.assert_allclose(arrays[f"slots/{name}/{kind}"], score, rtol=1e-4)
+            assert float(row[f"views/slots/{name}/{kind}"]) == pytest.approx(float(score.mean()), rel=1e-4)
+        assert row[f"views/slots/zeros/{kind}"] == "0.0"
+    scale = float(g["noise"].abs().max())
+    np.testing.assert_allclose(arrays["slots/examples"], g["noise"][:2].transpose(0, 1), rtol=0, atol=1e-5 * scale)
+    expected = agreement(g["noise"], g["images"]).mean()
+    assert float(row["views/slots/agreement"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_slots_are_viewed_at_even_steps_class_by_class_where_there_are_any(on_images, monkeypatch, capsys):
+    monkeypatch.chdir(on_images)
+    arrays, label = arrays_of("slots", 2)[0], network_of("slots").head.label
+    by_class = [*(label == 0).nonzero()[:, 0].tolist(), *(label == 1).nonzero()[:, 0].tolist()]
+    assert len(label) > 3 and label.tolist() != label.sort().values.tolist()  # else all would be viewed, or in order
+    assert arrays["slots/index"].tolist() == [by_class[i * len(label) // 3] for i in range(3)]
+    assert arrays["slots/label"].tolist() == label[arrays["slots/index"]].tolist()
+    assert not any(name.startswith("slots/") for name in arrays_of("slots", 0)[0])
+    assert row_of("slots", 0)["views/slots/stability/noise"] == ""
+    line = ["--measure", "lightning_logs/slots/checkpoints/last.ckpt", "--no-slots", "--no-plots", "--name", "saved"]
+    assert main.main(line) == 0
+    assert columns_of(row_of("saved")) == columns_of(row_of("slots"))
+    stable = float(row_of("slots")["views/slots/stability/noise"])
+    assert f"views of slots: stability {stable:.3g} on noise, " in capsys.readouterr().out
+
+
+def test_gradients_of_slots_behind_a_backbone_are_those_of_a_slow_loop():
+    torch.manual_seed(0)
+    network = build_network("MNISTNet", (1, 12, 12), 3, head="slots").double().eval()
+    x, y = torch.randn(5, 1, 12, 12).double(), torch.tensor([0, 1, 2, 0, 1])
+    network.head.grow(network.feature_extractor(x)["hidden"].detach(), y)
+    g = input_gradients(Similarities(network), x, units=torch.tensor([2, 0]))
+    for i, one in enumerate(x):
+        for k, j in enumerate((2, 0)):
+            leaf = one[None].clone().requires_grad_()
+            h = network.get_encoder_decoder("hidden")[0](leaf)[0]
+            w = network.head.W[j].detach()
+            (h @ w / h.norm() / w.norm()).backward()
+            torch.testing.assert_close(g[i, k], leaf.grad[0], rtol=0, atol=1e-12)  # of about 1, rounding in float64
+    assert torch.equal(Similarities(network)(x), similarities_in(network, x))
+
+
 def test_the_pictures_lie_in_the_runs_folder_and_the_closing_words_have_the_scores(seen, capsys):
     pictures = {f"views_{name}.png" for name in ("images", "classes", "units", "filters")}
     assert pictures <= {path.name for path in (LOGS / "run").iterdir()}
+    assert pictures - {"views_filters.png"} <= {path.name for path in (LOGS / "slots").iterdir()}
     line = ["--measure", "lightning_logs/run/checkpoints/last.ckpt", "--no-plots", "--name", "told"]
     assert main.main(line) == 0
     told = capsys.readouterr().out
