@@ -18,6 +18,7 @@ FLOORS = (
     "classifier",
     "networks",
     "slots",
+    "cover",
     "whitebox_networks",
     "whitebox",
     "warps",
