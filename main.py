@@ -129,7 +129,7 @@ def measure(args: Namespace) -> None:
 
     refuse_missing(args.logger)
     keep_freed_memory()
-    files = checkpoints_in(args.measure)
+    files = checkpoints_in(args.measure, one_for="--slot-update" if args.slot_update else None)
     data = load_data(args)
     networks = SavedNetworks(files, data.dataset.shape, data.dataset.num_classes, args.precision == "64-true")
     module = networks[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from run.errors import UserError
+from run.errors import UserError, WrongFlag
 from run.files import write_whole
 
 KEPT = re.compile(r"(last|best|epoch\d{4,})\.ckpt")  # beside them may lie the heads of DIB
@@ -33,11 +33,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def checkpoints_in(names: Sequence[str]) -> dict[str, int]:
+def checkpoints_in(names: Sequence[str], one_for: str | None = None) -> dict[str, int]:
     """{path: epoch after which it was saved} of checkpoints, in the order given.
 
     A run's folder stands for the checkpoints that it keeps, in the order of their epochs. All are read: a bad one is
-    told here, before anything is done with the others.
+    told here, before anything is done with the others; and several, where a flag `one_for` takes one.
     """
     found: dict[str, int] = {}
     for name in names:
@@ -47,6 +47,9 @@ def checkpoints_in(names: Sequence[str]) -> dict[str, int]:
         if twice:
             raise UserError(f"--measure: {twice[0]} comes twice")
         found |= more
+    if one_for and len(found) > 1:
+        raise WrongFlag(f"argument {one_for}: takes one checkpoint of --measure at a time, and here are {len(found)}: "
+                        f"{', '.join(found)}")  # fmt: skip
     return found
 
 

@@ -173,6 +173,13 @@ def test_a_saved_network_is_updated_as_one_just_trained(run, tmp_path):
     assert main(["--resume", str(run), "--quiet"]) == 0  # a finished run, updated again
 
 
+def test_a_folder_of_several_networks_is_not_updated(run, tmp_path, capsys):
+    argv = ["--measure", str(run), "--slot-update", "--log-dir", str(tmp_path), "--no-clusters", "--quiet"]
+    assert main(argv) == 2
+    assert "--slot-update: takes one checkpoint of --measure at a time, and here are 3" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_report_of_an_update_by_hand():
     torch.manual_seed(0)
     h, y = torch.randn(400, 5), torch.randint(3, (400,))
