@@ -33,8 +33,10 @@ def similarities(z: Tensor, W: Tensor) -> Tensor:
 def cosines(z: Tensor, W: Tensor) -> Tensor:
     """`similarities` with slots of length 1."""
     with torch.autocast(z.device.type, enabled=False):  # in bfloat16 thresholds would be good for two digits
-        s = z @ W.T
-    return s if z.ndim == 2 else s.amax(1)  # (N, S)
+        if z.ndim == 2:
+            return z @ W.T  # (N, S)
+        # One by one, so that a sample gets the same numbers in whatever order its variants come.
+        return torch.stack([of_variant.contiguous() @ W.T for of_variant in z.unbind(1)]).amax(0)
 
 
 def thresholds(s: Tensor, y: Tensor, label: Tensor, margin: float = 0.0) -> Tensor:

@@ -30,6 +30,7 @@ from run.presets import (
     SCHEDULES,
     STRATEGIES,
     WHITE_BOXES,
+    are_raw,
     flags_of_run,
     merged,
     preset,
@@ -220,7 +221,8 @@ def _add_network(parser: Parser) -> None:
     add("--slot-pool", choices=POOLS, help="slots: a class's score is the soft maximum or the maximum of its slots")
     names = ", ".join(WHITE_BOXES)
     add("--augmax", type=transform, nargs="+", metavar="TRANSFORM",
-        help=f"{names}: units are the largest over copies of the image: flip, rot15 (by ±15 degrees)")
+        help=f"{names}: units are the largest over copies of the image: flip, rot15 (by ±15 degrees); with --head "
+        "slots, also on the raw input, similarities with slots are")
     add("--branches", type=number(int, 1, 64), metavar="N", help=f"{names}: the layers N times, side by side")
     add("--norm", choices=NORMS, help=f"{names}: normalisation of the first layer")
     add("--first-conv", choices=FIRST_CONVS, help=f"{names}: first convolution, whose kernel may have several views")
@@ -319,10 +321,13 @@ def _refuse_what_slots_lack(parser: Parser, given: dict, flags: dict) -> None:
             if name in given and not (flags["measure"] and name in ("slot_update", "target_acc")):
                 error(f"argument --{name.replace('_', '-')}: is for --head slots, and the head is {flags['head']}")
         return
+    is_raw = are_raw(flags["model"], flags["head"], flags["widths"])
+    if flags["augmax"] and flags["dataset"] == "SZT":
+        error("argument --augmax: needs images to mirror and to turn, and SZT has patterns of 12 bits")
+    if flags["augmax"] and flags["model"] not in WHITE_BOXES and not is_raw:
+        error("argument --augmax: with --head slots it is for images in white-box networks, or as they are (-m MLP -w)")
     if flags["target_acc"] is not None and not flags["slot_update"]:
         error("argument --target-acc: belongs to --slot-update, which is not asked for")
-    if flags["slot_update"] and len(flags["measure"] or ()) > 1:
-        error("argument --slot-update: takes one checkpoint of --measure at a time")
     if flags["dib"]:
         error("argument --dib: a fresh decoder would have no slots: not allowed with --head slots")
     if flags["devices"] * flags["num_nodes"] > 1:
@@ -337,7 +342,7 @@ def _refuse_what_slots_lack(parser: Parser, given: dict, flags: dict) -> None:
         error("argument --loss: only cross-entropy is allowed with --head slots, whose logits are no targets")
     if flags["epochs"] < 2:
         error("argument -e/--epochs: --head slots needs at least 2: in the last one nothing grows")
-    if flags["lr_range_test"] and flags["model"] == "MLP" and not flags["widths"]:
+    if flags["lr_range_test"] and is_raw:
         error(
             "argument --lr-range-test: without -w/--widths --head slots has no layer of this rate: slots have --slot-lr"
         )
@@ -355,7 +360,7 @@ def _refuse_bad_combinations(parser: Parser, given: dict, flags: dict) -> None:
     if dataset == "SZT" and model in IMAGE_MODELS and not flags["measure"]:
         error(f"argument -m/--model: {model} needs images, and SZT has patterns of 12 bits: use -m MLP")
     for name, (flag, models) in OF_MODELS.items():
-        if name in given and model not in models:
+        if name in given and model not in models and not (name == "augmax" and flags["head"] == "slots"):
             error(f"argument {flag}: is for {' and '.join(f'-m {other}' for other in models)}; {model} has none")
     _refuse_what_slots_lack(parser, given, flags)
     if flags["augmax"] and len(set(flags["augmax"])) < len(flags["augmax"]):

@@ -17,7 +17,7 @@ from torchvision.models.convnext import CNBlock
 from blocks import Network, child_names, dimensions, evaluating, expand, image_shape, named
 from run.errors import UserError
 from slots import Slots
-from whitebox import Prototypes
+from whitebox import AugMax, Prototypes, Variants
 from whitebox_networks import Directions, DisjConj, Gumbel, Positive
 
 __all__ = ["NETWORKS", "Network", "build_network", "dimensions", "evaluating", "named"]
@@ -318,7 +318,10 @@ def build_network(
     slot_pool: str = "softmax",
     **options: object,
 ) -> Network:
-    """The network of that name with that head; of the options it takes those that it knows."""
+    """The network of that name with that head; of the options it takes those that it knows.
+
+    With the option `augmax` slots get the features of all copies of a sample, not their maximum.
+    """
     kind = NETWORKS[model]
     known = inspect.signature(kind).parameters
     network = kind(tuple(shape), num_classes, **{name: value for name, value in options.items() if name in known})
@@ -326,17 +329,29 @@ def build_network(
         channels = width_before(network, shape, (*network.pooling, *network.readout))
         network.put_head(Prototypes(channels, num_classes), on_map=True)
     elif head == "slots":
+        if options.get("augmax"):
+            keep_variants(network, shape, options["augmax"])
         network.put_head(Slots(width_before(network, shape, network.readout), num_classes, slot_scale, slot_pool))
     elif head != "linear":
         raise UserError(f"--head {head!r} is not a known head; choose one of {', '.join(HEADS)}.")
     return network
 
 
+def keep_variants(network: Network, shape: Sequence[int], transforms: Sequence[str]) -> None:
+    """Have the last layer before the logits, AugMax or the raw input, give what it makes of all copies, (B, V, d)."""
+    name = [name for name in network.sequence if name not in network.readout][-1]
+    layer = network.get_submodule(name)
+    is_raw = name == network.sequence[0] and isinstance(layer, nn.Flatten)
+    if not (isinstance(layer, AugMax) or is_raw) or len(shape) != 3:
+        raise UserError("--augmax with --head slots is for images in white-box networks, or as they are (-m MLP -w).")
+    network.add_module(name, Variants(transforms, layer.units if isinstance(layer, AugMax) else layer))
+
+
 def width_before(network: Network, shape: Sequence[int], blocks: Collection[str]) -> int:
-    """Channels of the feature map, or the dimension of the vector, that these last blocks get."""
+    """Channels of the feature map, or the dimension of the vectors, that these last blocks get."""
     rest = [name for name in network.sequence if name not in blocks]
     x = next(network.parameters()).new_zeros(2, *shape)
     with torch.no_grad(), evaluating(network):
         for name in rest:
             x = network.get_submodule(name)(x)
-    return x.shape[1]
+    return x.shape[-1] if x.ndim == 3 else x.shape[1]  # of variants (B, V, d)

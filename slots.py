@@ -32,8 +32,8 @@ def slots_of(network: nn.Module) -> "Slots | None":
 
 def similarities_in(network: nn.Module, x: Tensor) -> Tensor:
     """Of a batch's samples with all slots of a network, (B, S): what can be looked at as its last units."""
-    h = network.feature_extractor(x)[network.layers[-1]]
-    return similarities(unit(h.flatten(1)), slots_of(network).W)
+    h = network.feature_extractor(x)[network.layers[-1]]  # (B, d), or V variants of each (B, V, d)
+    return similarities(unit(h), slots_of(network).W)
 
 
 class Similarities(nn.Module):

@@ -149,7 +149,12 @@ def shares_of(grid: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def rotated(x: Tensor, degrees: float) -> Tensor:
-    """Images (B, C, H, W) rotated about their centre, by bilinear interpolation; zeros come in at the corners."""
+    """Images (B, C, H, W) rotated about their centre, by bilinear interpolation; zeros come in at the corners.
+
+    To the other side it is exactly the mirrored rotation of the mirrored image.
+    """
+    if degrees < 0:
+        return rotated(x.flip(-1), -degrees).flip(-1)
     (height, width), dtype = x.shape[2:], torch.promote_types(x.dtype, torch.float32)
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     down = torch.arange(height, dtype=dtype, device=x.device)[:, None] - (height - 1) / 2  # from the centre

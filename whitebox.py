@@ -18,7 +18,7 @@ from warps import PerspectiveConv2d, ProjectiveConv2d, ScaledConv2d, rotated
 __all__ = [
     "AugMax", "GlobalMaxPool", "GroupMean", "GumbelConv2d", "IterNorm", "PadTo", "Parallel", "PercentileNorm",
     "PerspectiveConv2d", "PositiveConv2d", "ProjectiveConv2d", "Prototypes", "Scale", "ScaledConv2d", "ShiftNorm",
-    "SoftMaxPool",
+    "SoftMaxPool", "Variants",
 ]  # fmt: skip
 
 
@@ -224,13 +224,25 @@ class AugMax(nn.Module):
             if "flip" in self.transforms:
                 yield copy.flip(-1)
 
+    def variants(self, x: Tensor) -> Tensor:
+        """Units of all V copies, (B, V, …), those of the input itself first."""
+        return torch.stack([self.units(copy) for copy in self.copies(x)], dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """max over copies, in the units' shape."""
-        return torch.stack([self.units(copy) for copy in self.copies(x)]).amax(0)
+        return self.variants(x).amax(1)
 
     def extra_repr(self) -> str:
         """What `print(network)` shows."""
         return ", ".join(self.transforms)
+
+
+class Variants(AugMax):
+    """Units of the same copies of the input side by side, (B, V, …), for what takes the maximum later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …) → (B, V, …): with `flip` a mirrored input gives the same in another order."""
+        return self.variants(x)
 
 
 class Parallel(nn.Module):

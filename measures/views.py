@@ -37,6 +37,7 @@ from run.expressions import OUTPUT, Expression, Name
 from run.ranks import Ranks
 from run.seeds import seed_from
 from slots import Similarities, slots_of
+from whitebox import Variants
 
 if TYPE_CHECKING:
     from run.console import Console
@@ -176,10 +177,13 @@ class Views(Viewing):
 
     def _units(self, looks: Mapping[str, View], place: str) -> dict[str, float]:
         """The columns of a layer's units; of a layer that has none, none."""
-        index = at_even_steps(num_units(looks["noise"], place), self.units)
+        network, layer = looks["noise"].network, place
+        if isinstance(dict(network.named_modules()).get(place), Variants):
+            looks, layer = through(OfInputItself(network, place), looks), OUTPUT
+        index = at_even_steps(num_units(looks["noise"], layer), self.units)
         if not len(index):
             return {}
-        scores, arrays = self._look(looks, place, index)
+        scores, arrays = self._look(looks, layer, index)
         self.arrays |= {f"units/{place}/{name}": array for name, array in (arrays | {"index": index}).items()}
         return {f"views/units/{name}/{place}": mean(score) for name, score in scores.items()}
 
@@ -191,9 +195,7 @@ class Views(Viewing):
         index = by_class[at_even_steps(len(by_class), self.units)]
         if not len(index):
             return {}
-        options = {"chunk": looks["noise"].chunk, "ranks": looks["noise"].ranks}
-        at_slots = {kind: View(Similarities(network), look.x, look.y, **options) for kind, look in looks.items()}
-        scores, arrays = self._look(at_slots, OUTPUT, index)
+        scores, arrays = self._look(through(Similarities(network), looks), OUTPUT, index)
         arrays |= {"index": index, "label": label[index]}
         self.arrays |= {f"slots/{name}": array for name, array in arrays.items()}
         return {f"views/slots/{name}": mean(score) for name, score in scores.items()}
@@ -260,6 +262,22 @@ class Separation:
         """The columns."""
         cosines = {kind: mean_cosine(self.sums[kind], self.num_classes, self.counts[kind]).mean() for kind in KINDS}
         return {f"views/separation/{kind}": 1 - float(cosine) for kind, cosine in cosines.items()}
+
+
+class OfInputItself(nn.Module):
+    """A network up to a measured layer that gives variants, (B, V, d), as a function to the first of them, (B, d)."""
+
+    def __init__(self, network: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.network, self.layer = network, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.feature_extractor(x)[self.layer][:, 0]
+
+
+def through(network: nn.Module, looks: Mapping[str, View]) -> dict[str, View]:
+    """The same inputs, seen by another network."""
+    return {kind: View(network, look.x, look.y, chunk=look.chunk, ranks=look.ranks) for kind, look in looks.items()}
 
 
 def scores_of(g: Mapping[str, Tensor]) -> dict[str, Tensor]:

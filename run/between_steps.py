@@ -94,12 +94,12 @@ def counts(layer: Any) -> dict[str, float]:
 
 
 def features_and_labels(trainer: Trainer, pl_module: LightningModule, split: str) -> tuple[Tensor, Tensor]:
-    """What the last measured layer makes of a set, (N, d), as the network is, and the labels."""
+    """What the last measured layer makes of a set, (N, d) or (N, V, d), as the network is, and the labels."""
     network, precision = pl_module.network, trainer.precision_plugin
     features, labels = [], []
     with torch.no_grad(), precision.forward_context():
         for x, y in trainer.datamodule.in_order(split):
-            features.append(network.feature_extractor(precision.convert_input(x))[network.layers[-1]].flatten(1))
+            features.append(network.feature_extractor(precision.convert_input(x))[network.layers[-1]])
             labels.append(y)
     return torch.cat(features), torch.cat(labels)
 

@@ -208,8 +208,12 @@ OF_SEVERAL = ("tag", "logger", "seed", "classes", "widths", "augmax", "betas", "
 def preset(model: str, dataset: str, head: str = "linear", widths: Sequence[object] | None = None) -> dict:
     """The flags that the preset of a model on a dataset sets; `widths` as they are given."""
     flags = PRESETS.get((model, dataset), PRESETS.get((model,), {}))
-    is_raw = model == "MLP" and head == "slots" and widths is not None and len(widths) == 0
-    return flags | SLOTS_ALONE_ON.get(dataset, SLOTS_ALONE) if is_raw else flags
+    return flags | SLOTS_ALONE_ON.get(dataset, SLOTS_ALONE) if are_raw(model, head, widths) else flags
+
+
+def are_raw(model: str, head: str, widths: Sequence[object] | None) -> bool:
+    """Whether these are slots on the raw input, with nothing else to train."""
+    return model == "MLP" and head == "slots" and widths is not None and len(widths) == 0
 
 
 def merged(*levels: dict[str, Any]) -> dict[str, Any]:

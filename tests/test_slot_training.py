@@ -2,20 +2,30 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from processes import assert_killed_ends_as_whole
 from test_classifier import fitted, toy_images
+from test_views import make_mixed
 from torch.nn import functional as F
 
+import datasets
 from classifier import Classifier, growing_names
+from cover import similarities, unit
 from flags import get_args
 from main import main
+from measures.perturb import standard_normal
 from networks import NETWORKS, build_network
+from run import arrays
 from run.between_steps import Grow, between_steps
+from run.errors import UserError
 from run.presets import WHITE_BOXES, flags_of_run
-from slots import Slots, similarities, unit
+from run.seeds import seed_from
+from slots import Slots, similarities_in
+from utils import input_gradients
+from warps import rotated
 
 LINE = "-m MLP --head slots -w -b 200 --no-plots --quiet"
 SIZES = {"MLP": 8, "MNISTNet": 12, "CIFARNet": 32, "ConvNeXt": 32, "ResNet": 8}
@@ -91,6 +101,84 @@ def test_a_killed_run_ends_with_the_slots_of_an_uninterrupted_one(in_an_empty_fo
     assert_killed_ends_as_whole([*LINE.split(), "-e", "4"], Path.cwd(), 14)
 
 
+AUGMAX = {"MLP": "-w --augmax flip rot15 -b 16", "Positive": "--augmax flip -b 16"}
+
+
+@pytest.fixture(scope="module", params=AUGMAX)
+def with_variants(request, tmp_path_factory):
+    """A run on images with variants of each, and an update of its slots; its last row too."""
+    folder, model = tmp_path_factory.mktemp("variants"), request.param
+    make_mixed(folder / "images")
+    line = f"-m {model} -d {folder / 'images'} --head slots {AUGMAX[model]} -e 3 --slot-prune 0 --no-nc --quiet"
+    line += " --views --views-samples 2 --views-units 3 --views-images 2 --slot-update --no-plots --name run"
+    assert main([*line.split(), "--log-dir", str(folder)]) == 0
+    return folder, pd.read_csv(folder / "run/metrics.csv").iloc[-1]
+
+
+@pytest.mark.parametrize("name", ["last", "updated"])
+def test_a_mirrored_image_is_the_same_to_slots_with_flips_to_the_bit(with_variants, name):
+    network = Classifier.load_from_checkpoint(with_variants[0] / f"run/checkpoints/{name}.ckpt").network.eval()
+    x = torch.randn(40, 1, 32, 32)
+    with torch.no_grad():
+        s, mirrored = (similarities_in(network, images) for images in (x, x.flip(-1)))
+        assert torch.equal(s, mirrored) and torch.equal(network(x), network(x.flip(-1)))
+        h, other = (network.feature_extractor(images)[network.layers[-1]] for images in (x, x.flip(-1)))
+    assert h.ndim == 3 and not torch.equal(h, other)
+    assert torch.equal(network.head.predict(h), network.head.predict(other))
+    assert torch.equal(network.head.matched(h), network.head.matched(other))
+
+
+def test_a_sample_is_as_similar_to_a_slot_as_its_most_similar_variant(with_variants):
+    folder, row = with_variants
+    network = Classifier.load_from_checkpoint(folder / "run/checkpoints/last.ckpt").network.eval()
+    dataset = datasets.load(str(folder / "images"))
+    x = (dataset.train.inputs.float() - dataset.offset) * dataset.scale
+    copies, last = [x, x.flip(3)], network.get_submodule(network.layers[-1])
+    if "rot15" in last.transforms:
+        copies += [rotated(one, angle) for one in copies for angle in (15, -15)]
+    with torch.no_grad():
+        pad = getattr(network, "pad", torch.nn.Identity())
+        each = torch.stack([unit(last.units(pad(copy))) for copy in copies])
+        s, y = (each @ unit(network.head.W).T).amax(0), dataset.train.labels
+        torch.testing.assert_close(similarities_in(network, x), s, rtol=0, atol=1e-6)  # float32, in other batches
+    matched = s >= network.head.threshold
+    assert (network.head.label == y[:, None])[matched].all() and matched.any()
+    assert matched.any(1).double().mean().item() == row["slots/covered"] == row["slots/matched/train"]
+    assert row["slots/acc_by_slot/train"] == 1 and row["views/slots/zeros/noise"] == 0
+
+
+def test_units_behind_variants_are_those_of_the_image_itself(with_variants):
+    folder, _ = with_variants
+    network = Classifier.load_from_checkpoint(folder / "run/checkpoints/last.ckpt").network.eval()
+    layer = network.layers[-1]
+    found = arrays.read(folder / "run/arrays/epoch0003/views.npz")[0]
+    plain = torch.nn.Sequential(getattr(network, "pad", torch.nn.Identity()), network.get_submodule(layer).units)
+    x = standard_normal(slice(0, 2), (1, 32, 32), seed_from("views", 0))
+    index = torch.from_numpy(found[f"units/{layer}/index"])
+    expected = input_gradients(plain, x, units=index).mean(0)
+    assert len(index) == 3 and expected.any()
+    np.testing.assert_allclose(found[f"units/{layer}/mean/noise"], expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_saved_slots_with_variants_are_measured_and_updated_as_in_training(with_variants):
+    folder, row = with_variants
+    line = ["--measure", str(folder / "run/checkpoints/last.ckpt"), "--slot-update", "--no-plots", "--quiet"]
+    assert main([*line, "--log-dir", str(folder), "--name", "m"]) == 0
+    measured = pd.read_csv(folder / "m/metrics.csv").iloc[-1]
+    names = [name for name in measured.index if name.startswith(("slots/", "views/")) and name in row.index]
+    assert len(names) > 40
+    np.testing.assert_array_equal(measured[names].astype(float), row[names].astype(float))
+    assert (folder / "m/slot_update.json").read_bytes() == (folder / "run/slot_update.json").read_bytes()
+
+
+def test_networks_whose_features_have_no_variants_are_refused():
+    for model, shape in (("MNISTNet", (1, 12, 12)), ("ConvNeXt", (3, 32, 32)), ("MLP", (1, 4, 4))):
+        with pytest.raises(UserError, match="--augmax with --head slots is for images in white-box networks"):
+            build_network(model, shape, 2, head="slots", augmax=["flip"])
+    with pytest.raises(UserError, match="--augmax"):
+        build_network("MLP", (12,), 2, head="slots", augmax=["flip"], widths=[])
+
+
 def test_backbone_and_slots_are_trained_together():
     line = "-m MNISTNet --head slots -e 3 -b 30 -lr 1e-3 --slot-prune 0"
     dataset = toy_images(num_train=120, num_test=30, size=12)
@@ -135,6 +223,10 @@ def test_presets_of_slots_on_the_raw_input_and_behind_a_backbone():
         ("--head slots --compile", "--compile: not allowed with --head slots"),
         ("--head slots --loss mse", "--loss: only cross-entropy"),
         ("--head slots -e 1", "needs at least 2"),
+        ("--head slots -w --augmax flip", "--augmax: needs images to mirror and to turn"),
+        ("-m MLP -d MNIST --head slots --augmax flip", "white-box networks, or as they are (-m MLP -w)"),
+        ("-m MNISTNet -d MNIST --head slots --augmax flip", "white-box networks, or as they are (-m MLP -w)"),
+        ("-m MLP -d MNIST -w --augmax flip", "--augmax: is for -m DisjConj and"),
         ("--head slots -w --lr-range-test", "has no layer of this rate"),
         ("--head slots --slot-scale 0", "--slot-scale"),
         ("--head slots --slot-pool mean", "none of softmax, max"),

@@ -54,6 +54,54 @@ def test_the_most_similar_variant_counts():
 
 
 @quick
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 90), seeds)
+def test_the_order_of_variants_changes_nothing_to_the_bit(num, num_variants, num_slots, seed):
+    generator = torch.Generator().manual_seed(seed)
+    z = unit(torch.randn(num, num_variants, 33, generator=generator))
+    W = torch.randn(num_slots, 33, generator=generator)
+    order = torch.randperm(num_variants, generator=generator)
+    assert torch.equal(similarities(z[:, order], W), similarities(z, W))
+
+
+def variants(num, seed):
+    """Three variants of each of blobs' samples."""
+    h, y = blobs(num, seed=seed, spread=0.8, label_noise=0.05)
+    return torch.stack([h, h.roll(1, 1), h.flip(1)], 1), y
+
+
+def test_every_step_works_on_variants_as_on_their_largest_similarities():
+    (h, y), (new, answers), (seen, labels) = (variants(num, seed) for num, seed in ((400, 0), (200, 1), (300, 2)))
+    slots = Slots(6, 3)
+    history = slots.fit(h, y, epochs=3, batch_size=100, lr=0.3, prune=1)
+    unmatched = ~slots.matched(new)
+    before, old, matched = slots.predict(seen), len(slots), slots.matched(seen)
+    slots.update(h, y, new[unmatched], answers[unmatched])
+    assert history[-1]["slots"] == old < len(slots) and 0 < matched.sum() < len(seen)
+    assert torch.equal(slots.predict(seen)[matched], before[matched])
+    on_h, on_new, on_seen = (matches(slots, x) for x in (h, new[unmatched], seen))
+    assert on_h[:, :old].any(0).all() and on_new[:, old:].any(0).all()
+    assert (slots.label == y[:, None])[on_h].all()  # old thresholds know nothing of new samples
+    assert (slots.label[old:] == answers[unmatched][:, None])[on_new[:, old:]].all()
+    assert torch.equal(slots.matched(seen), on_seen.any(1))
+    is_old = on_seen[:, :old].any(1)
+    on_seen[is_old, old:] = False  # a new slot decides nothing where an old one does
+    winner = slow_similarities(seen, slots.W).masked_fill(~on_seen, -1).argmax(1)
+    assert torch.equal(slots.predict(seen)[on_seen.any(1)], slots.label[winner][on_seen.any(1)])
+    assert slots.accuracies(seen, labels)[-1].item() == (slots.predict(seen) == labels).double().mean().item()
+
+
+def matches(slots, h):
+    """Which slots match which samples, (N, S)."""
+    return slow_similarities(h, slots.W) >= slots.threshold.double()
+
+
+def slow_similarities(h, W):
+    """(N, S) of variants, in float64, variant by variant."""
+    W = F.normalize(W.detach().double())
+    return torch.stack([F.normalize(of.double()) @ W.T for of in h.unbind(1)]).amax(0)
+
+
+@quick
 @given(st.integers(1, 60), st.integers(1, 20), seeds)
 def test_growth_covers_every_sample_and_makes_no_more_slots_than_samples(num, batch_size, seed):
     h, y = blobs(num, seed=seed % 1000, label_noise=0.3)

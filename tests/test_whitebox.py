@@ -25,6 +25,7 @@ from whitebox import (
     ScaledConv2d,
     ShiftNorm,
     SoftMaxPool,
+    Variants,
 )  # fmt: skip
 
 
@@ -196,6 +197,16 @@ def test_augmax_turns_both_ways_and_mirrors_each():
     assert len(copies) == len(expected)
     for one in expected:  # but for interpolation at places off by rounding
         assert sum(torch.allclose(one, copy, atol=1e-9, rtol=0) for copy in copies) == 1
+
+
+def test_variants_are_what_augmax_takes_the_maximum_of():
+    units = nn.Sequential(nn.Conv2d(3, 5, 3), GlobalMaxPool(), nn.Flatten())
+    layer, x = Variants(["flip", "rot20"], units), image(4, 3, 8, 8).float()
+    mirrored, order = layer(x.flip(3)), [1, 0, 5, 4, 3, 2]  # turned to the other side
+    assert layer(x).shape == (4, 6, 5) and torch.equal(layer(x)[:, 0], units(x))
+    assert torch.equal(mirrored, layer(x)[:, order])
+    whole = AugMax(["flip", "rot20"], units)
+    assert torch.equal(whole(x), layer(x).amax(1)) and torch.equal(whole(x), whole(x.flip(3)))
 
 
 @pytest.mark.parametrize("name", ["rot", "rot0", "rot180", "turn", "rotx"])
