@@ -63,6 +63,12 @@ class Network(nn.Module):
         self.sequence = (*rest, "head")
         self.layers = (*(name for name in self.layers if name in rest[:-1]), rest[-1])
 
+    def put_last(self, name: str, block: nn.Module) -> None:
+        """Put a new block before those that make logits."""
+        self.add_module(name, block)
+        at = len(self.sequence) - len(self.readout)
+        self.sequence = (*self.sequence[:at], name, *self.sequence[at:])
+
     def trains_on_one(self, shape: tuple[int, ...]) -> bool:
         """Whether a single sample of this shape is enough for a training step.
 

@@ -26,7 +26,7 @@ from run.seeds import seed_from
 from run.trainer import use_threads
 
 OF_NETWORKS = ("widths", "nonlinearity", "batch_norm", "stem", "head", "augmax", "branches", "norm", "first_conv",
-               "topk", "tau", "slot_scale", "slot_pool")  # fmt: skip
+               "topk", "tau", "slot_scale", "slot_pool", "slot_norm")  # fmt: skip
 ALIKE = (
     "model",
     *(name for name in OF_NETWORKS if name not in ("stem", "tau")),
@@ -89,6 +89,7 @@ class Classifier(LightningModule):
         tau: str = "1:0.1",
         slot_scale: float = 30.0,
         slot_pool: str = "softmax",
+        slot_norm: str = "none",
         slot_lr: float = 20.0,
         slot_prune: int = 5,
         loss: str = "cross-entropy",

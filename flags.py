@@ -28,6 +28,7 @@ from run.presets import (
     POOLS,
     PRECISIONS,
     SCHEDULES,
+    SLOT_NORMS,
     STRATEGIES,
     WHITE_BOXES,
     are_raw,
@@ -219,6 +220,8 @@ def _add_network(parser: Parser) -> None:
     add("--target-acc", type=number(float, 0, 1), metavar="ACC",
         help="--slot-update: also find the fewest slots and labels for this accuracy")
     add("--slot-pool", choices=POOLS, help="slots: a class's score is the soft maximum or the maximum of its slots")
+    add("--slot-norm", choices=SLOT_NORMS,
+        help="slots: features as they are, or behind a batch norm without learnt parameters (not on the raw input)")
     names = ", ".join(WHITE_BOXES)
     add("--augmax", type=transform, nargs="+", metavar="TRANSFORM",
         help=f"{names}: units are the largest over copies of the image: flip, rot15 (by ±15 degrees); with --head "
@@ -317,11 +320,15 @@ def _refuse_what_slots_lack(parser: Parser, given: dict, flags: dict) -> None:
             error(f"argument --slots: is for --head slots, and the head is {flags['head']}")
         if "slot" in (flags["look_by"] or ()) and not flags["measure"]:
             error(f"argument --look-by: slots are what --head slots has, and the head is {flags['head']}")
-        for name in ("slot_scale", "slot_lr", "slot_prune", "slot_pool", "slot_update", "target_acc"):
+        for name in ("slot_scale", "slot_lr", "slot_prune", "slot_pool", "slot_norm", "slot_update", "target_acc"):
             if name in given and not (flags["measure"] and name in ("slot_update", "target_acc")):
                 error(f"argument --{name.replace('_', '-')}: is for --head slots, and the head is {flags['head']}")
         return
     is_raw = are_raw(flags["model"], flags["head"], flags["widths"])
+    if flags["slot_norm"] != "none" and is_raw:
+        error(
+            "argument --slot-norm: is for slots behind a network; the raw input (-m MLP -w) is normalised by its mean"
+        )
     if flags["augmax"] and flags["dataset"] == "SZT":
         error("argument --augmax: needs images to mirror and to turn, and SZT has patterns of 12 bits")
     if flags["augmax"] and flags["model"] not in WHITE_BOXES and not is_raw:

@@ -16,7 +16,7 @@ from torchvision.models.convnext import CNBlock
 
 from blocks import Network, child_names, dimensions, evaluating, expand, image_shape, named
 from run.errors import UserError
-from slots import Slots
+from slots import FeatureNorm, Slots
 from whitebox import AugMax, Prototypes, Variants
 from whitebox_networks import Directions, DisjConj, Gumbel, Positive
 
@@ -316,6 +316,7 @@ def build_network(
     head: str = "linear",
     slot_scale: float = 30.0,
     slot_pool: str = "softmax",
+    slot_norm: str = "none",
     **options: object,
 ) -> Network:
     """The network of that name with that head; of the options it takes those that it knows.
@@ -331,7 +332,10 @@ def build_network(
     elif head == "slots":
         if options.get("augmax"):
             keep_variants(network, shape, options["augmax"])
-        network.put_head(Slots(width_before(network, shape, network.readout), num_classes, slot_scale, slot_pool))
+        dimension = width_before(network, shape, network.readout)
+        if slot_norm == "batch":
+            network.put_last("norm", FeatureNorm(dimension))
+        network.put_head(Slots(dimension, num_classes, slot_scale, slot_pool))
     elif head != "linear":
         raise UserError(f"--head {head!r} is not a known head; choose one of {', '.join(HEADS)}.")
     return network

@@ -48,6 +48,22 @@ class Similarities(nn.Module):
         return similarities_in(self.network, x)
 
 
+class FeatureNorm(nn.BatchNorm1d):
+    """Batch norm without learnt parameters of features (B, d), or of all V variants of each together (B, V, d).
+
+    In front of slots it makes directions of how a sample differs from the others, by each feature's spread.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__(dimension, affine=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """In the shape of h; in eval mode to the bit the same for a sample wherever in a batch it stands."""
+        if self.training:
+            return super().forward(h.flatten(0, -2)).view_as(h)
+        return (h - self.running_mean) / (self.running_var + self.eps).sqrt()
+
+
 class Growth(NamedTuple):
     """What a batch did: slots added, and unmatched samples that no slot can tell from those of another class."""
 

@@ -178,7 +178,7 @@ class Views(Viewing):
     def _units(self, looks: Mapping[str, View], place: str) -> dict[str, float]:
         """The columns of a layer's units; of a layer that has none, none."""
         network, layer = looks["noise"].network, place
-        if isinstance(dict(network.named_modules()).get(place), Variants):
+        if gives_variants(network, place):
             looks, layer = through(OfInputItself(network, place), looks), OUTPUT
         index = at_even_steps(num_units(looks["noise"], layer), self.units)
         if not len(index):
@@ -262,6 +262,14 @@ class Separation:
         """The columns."""
         cosines = {kind: mean_cosine(self.sums[kind], self.num_classes, self.counts[kind]).mean() for kind in KINDS}
         return {f"views/separation/{kind}": 1 - float(cosine) for kind, cosine in cosines.items()}
+
+
+def gives_variants(network: nn.Module, place: str) -> bool:
+    """Whether a measured layer has features of several copies of the input, (B, V, d)."""
+    if place not in network.layers:
+        return False
+    blocks = network.sequence[: network.sequence.index(place) + 1]
+    return any(isinstance(network.get_submodule(name), Variants) for name in blocks)
 
 
 class OfInputItself(nn.Module):

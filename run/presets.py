@@ -21,6 +21,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 HEADS = ("linear", "prototypes", "slots")
 POOLS = ("softmax", "max")
+SLOT_NORMS = ("none", "batch")
 NORMS = ("batch", "iternorm", "percentile")
 FIRST_CONVS = ("plain", "scaled", "perspective", "projective")
 LOGGERS = ("tensorboard", "wandb")
@@ -79,6 +80,7 @@ DEFAULTS = {
     "slot_lr": 20.0,
     "slot_prune": 5,
     "slot_pool": "softmax",
+    "slot_norm": "none",
     "slot_update": False,
     "target_acc": None,
     # optimisation
@@ -190,6 +192,8 @@ PRESETS = {
 # With --head slots on the raw input, where nothing else is trained.
 SLOTS_ALONE = {"epochs": 8, "batch_size": 1000, "augment": False, "slot_scale": 20.0, "slot_lr": 5.0}
 SLOTS_ALONE_ON = {"MNIST": SLOTS_ALONE | {"slot_lr": 20.0}}
+# Behind a backbone, which learns from what is left of the loss when a batch has been memorised: more at a low scale.
+SLOTS_BEHIND = {"slot_scale": 10.0, "slot_lr": 10.0}
 
 # Measured layers that pool a feature map: gone where the head works on the map.
 POOLED = {"ResNet": "avgpool", "ConvNeXt": "classifier.1", "CIFARNet": "pool"}
@@ -208,7 +212,9 @@ OF_SEVERAL = ("tag", "logger", "seed", "classes", "widths", "augmax", "betas", "
 def preset(model: str, dataset: str, head: str = "linear", widths: Sequence[object] | None = None) -> dict:
     """The flags that the preset of a model on a dataset sets; `widths` as they are given."""
     flags = PRESETS.get((model, dataset), PRESETS.get((model,), {}))
-    return flags | SLOTS_ALONE_ON.get(dataset, SLOTS_ALONE) if are_raw(model, head, widths) else flags
+    if are_raw(model, head, widths):
+        return flags | SLOTS_ALONE_ON.get(dataset, SLOTS_ALONE)
+    return flags | SLOTS_BEHIND if head == "slots" else flags
 
 
 def are_raw(model: str, head: str, widths: Sequence[object] | None) -> bool:

@@ -26,6 +26,7 @@ from run.seeds import seed_from
 from slots import Slots, similarities_in
 from utils import input_gradients
 from warps import rotated
+from whitebox import Variants
 
 LINE = "-m MLP --head slots -w -b 200 --no-plots --quiet"
 SIZES = {"MLP": 8, "MNISTNet": 12, "CIFARNet": 32, "ConvNeXt": 32, "ResNet": 8}
@@ -101,7 +102,7 @@ def test_a_killed_run_ends_with_the_slots_of_an_uninterrupted_one(in_an_empty_fo
     assert_killed_ends_as_whole([*LINE.split(), "-e", "4"], Path.cwd(), 14)
 
 
-AUGMAX = {"MLP": "-w --augmax flip rot15 -b 16", "Positive": "--augmax flip -b 16"}
+AUGMAX = {"MLP": "-w --augmax flip rot15 -b 16", "Positive": "--augmax flip -b 16 --slot-norm batch"}
 
 
 @pytest.fixture(scope="module", params=AUGMAX)
@@ -113,6 +114,12 @@ def with_variants(request, tmp_path_factory):
     line += " --views --views-samples 2 --views-units 3 --views-images 2 --slot-update --no-plots --name run"
     assert main([*line.split(), "--log-dir", str(folder)]) == 0
     return folder, pd.read_csv(folder / "run/metrics.csv").iloc[-1]
+
+
+def without_variants(network):
+    """What the network makes of the image itself, as slots get it."""
+    blocks = [network.get_submodule(name) for name in network.sequence[:-1]]
+    return torch.nn.Sequential(*(block.units if isinstance(block, Variants) else block for block in blocks)).eval()
 
 
 @pytest.mark.parametrize("name", ["last", "updated"])
@@ -133,12 +140,11 @@ def test_a_sample_is_as_similar_to_a_slot_as_its_most_similar_variant(with_varia
     network = Classifier.load_from_checkpoint(folder / "run/checkpoints/last.ckpt").network.eval()
     dataset = datasets.load(str(folder / "images"))
     x = (dataset.train.inputs.float() - dataset.offset) * dataset.scale
-    copies, last = [x, x.flip(3)], network.get_submodule(network.layers[-1])
-    if "rot15" in last.transforms:
+    copies, encoder = [x, x.flip(3)], without_variants(network)
+    if network.sequence == ("flatten", "head"):
         copies += [rotated(one, angle) for one in copies for angle in (15, -15)]
     with torch.no_grad():
-        pad = getattr(network, "pad", torch.nn.Identity())
-        each = torch.stack([unit(last.units(pad(copy))) for copy in copies])
+        each = torch.stack([unit(encoder(copy)) for copy in copies])
         s, y = (each @ unit(network.head.W).T).amax(0), dataset.train.labels
         torch.testing.assert_close(similarities_in(network, x), s, rtol=0, atol=1e-6)  # float32, in other batches
     matched = s >= network.head.threshold
@@ -150,9 +156,8 @@ def test_a_sample_is_as_similar_to_a_slot_as_its_most_similar_variant(with_varia
 def test_units_behind_variants_are_those_of_the_image_itself(with_variants):
     folder, _ = with_variants
     network = Classifier.load_from_checkpoint(folder / "run/checkpoints/last.ckpt").network.eval()
-    layer = network.layers[-1]
+    layer, plain = network.layers[-1], without_variants(network)
     found = arrays.read(folder / "run/arrays/epoch0003/views.npz")[0]
-    plain = torch.nn.Sequential(getattr(network, "pad", torch.nn.Identity()), network.get_submodule(layer).units)
     x = standard_normal(slice(0, 2), (1, 32, 32), seed_from("views", 0))
     index = torch.from_numpy(found[f"units/{layer}/index"])
     expected = input_gradients(plain, x, units=index).mean(0)
@@ -169,6 +174,27 @@ def test_saved_slots_with_variants_are_measured_and_updated_as_in_training(with_
     assert len(names) > 40
     np.testing.assert_array_equal(measured[names].astype(float), row[names].astype(float))
     assert (folder / "m/slot_update.json").read_bytes() == (folder / "run/slot_update.json").read_bytes()
+
+
+def test_a_norm_in_front_of_slots_is_a_block_of_the_network_and_old_checkpoints_have_none(run):
+    network = build_network("MNISTNet", (1, 12, 12), 2, head="slots", slot_norm="batch")
+    assert network.sequence[-3:] == ("hidden", "norm", "head") and network.layers == (
+        "conv1",
+        "conv2",
+        "hidden",
+        "norm",
+    )
+    h = network.train().feature_extractor(torch.randn(50, 1, 12, 12))
+    alive = h["hidden"].std(0) > 0.1
+    assert h["norm"][:, alive].mean(0).abs().max() < 1e-5 and alive.any()
+    torch.testing.assert_close(
+        h["norm"][:, alive].std(0, correction=0), torch.ones(int(alive.sum())), rtol=0, atol=1e-3
+    )
+    assert not network.trains_on_one((1, 12, 12))
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert content["hyper_parameters"].pop("slot_norm") == "none"
+    old = Classifier.from_checkpoint(content, "old.ckpt", (12,), 2)
+    assert old.network.sequence == ("flatten", "head") and old.hparams.slot_norm == "none"
 
 
 def test_networks_whose_features_have_no_variants_are_refused():
@@ -207,8 +233,8 @@ def test_presets_of_slots_on_the_raw_input_and_behind_a_backbone():
     behind = get_args(["-m", "MNISTNet", "-d", "MNIST", "--head", "slots"])
     assert behind.epochs == get_args(["-m", "MNISTNet", "-d", "MNIST"]).epochs and not behind.dib
     other = get_args(["-m", "MLP", "-d", "FashionMNIST", "--head", "slots", "-w"])
-    assert [args.slot_scale for args in (raw, other, behind)] == [20.0, 20.0, 30.0]
-    assert [args.slot_lr for args in (raw, other, behind)] == [20.0, 5.0, 20.0]
+    assert [args.slot_scale for args in (raw, other, behind)] == [20.0, 20.0, 10.0]
+    assert [args.slot_lr for args in (raw, other, behind)] == [20.0, 5.0, 10.0]
     assert get_args(["-m", "MLP", "-d", "MNIST", "-w"]).epochs == get_args(["-m", "MLP", "-d", "MNIST"]).epochs
 
 
@@ -223,6 +249,8 @@ def test_presets_of_slots_on_the_raw_input_and_behind_a_backbone():
         ("--head slots --compile", "--compile: not allowed with --head slots"),
         ("--head slots --loss mse", "--loss: only cross-entropy"),
         ("--head slots -e 1", "needs at least 2"),
+        ("--slot-norm batch", "--slot-norm: is for --head slots"),
+        ("--head slots -w --slot-norm batch", "--slot-norm: is for slots behind a network"),
         ("--head slots -w --augmax flip", "--augmax: needs images to mirror and to turn"),
         ("-m MLP -d MNIST --head slots --augmax flip", "white-box networks, or as they are (-m MLP -w)"),
         ("-m MNISTNet -d MNIST --head slots --augmax flip", "white-box networks, or as they are (-m MLP -w)"),

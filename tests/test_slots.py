@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cover
 from cover import covers, greedy_cover, similarities, unit
-from slots import NEAREST, Slots
+from slots import NEAREST, FeatureNorm, Slots
 
 
 def trained(num=600, prune=2, **options):
@@ -51,6 +51,19 @@ def test_the_most_similar_variant_counts():
     slots.grow(z, y)
     assert torch.equal(slots.predict(z), y)  # each is memorised by its first variant
     assert slots(z).shape == (5, 2)
+
+
+def test_features_are_normalised_over_all_samples_and_variants():
+    norm, h = FeatureNorm(4), 3 * torch.randn(20, 3, 4) + 5
+    rows = h.reshape(60, 4)
+    expected = (rows - rows.mean(0)) / (rows.var(0, correction=0) + norm.eps).sqrt()
+    torch.testing.assert_close(norm(h), expected.view(20, 3, 4))
+    assert list(norm.parameters()) == []
+    norm.eval()
+    torch.testing.assert_close(
+        norm(h[:1, :1])[0, 0], (h[0, 0] - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    )
+    assert torch.equal(norm(h[:, 0]), norm(h)[:, 0])
 
 
 @quick
