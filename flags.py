@@ -313,7 +313,7 @@ def _names_a_folder(name: str) -> bool:
 def _refuse_what_slots_lack(parser: Parser, given: dict, flags: dict) -> None:
     """A layer that grows is trained on one device, in numbers that tell similarities apart, and is never compiled."""
     error = parser.error
-    if flags["ood"] and not flags["slots"]:
+    if given.get("ood") and not flags["slots"]:
         error("argument --ood: belongs to --slots, which is not asked for")
     if flags["head"] != "slots":
         if flags["slots"] and not flags["measure"]:

@@ -9,6 +9,8 @@ from run.parser import Parser
 from run.presets import DEFAULTS, FREE_ON_RESUME, OF_ONE_CALL, OF_SEVERAL, merged, rivals
 from run.values import perhaps
 
+OF_RUN_ALONE = ("name", "slot_update", "target_acc")  # its folder, and what was done once when it had ended
+
 
 def stored_flags(parser: Parser, given: dict) -> dict:
     """Flags from a config file, from the run to resume, or from the run that a checkpoint belongs to."""
@@ -23,7 +25,7 @@ def stored_flags(parser: Parser, given: dict) -> dict:
         return _read_config(parser, Path(given["config"]), "-c/--config")
     if "measure" in given:
         stored = _flags_of_measured(parser, given)
-        return {flag: value for flag, value in stored.items() if flag != "name"}  # that folder is the run's own
+        return {flag: value for flag, value in stored.items() if flag not in OF_RUN_ALONE}
     return {}
 
 

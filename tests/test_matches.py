@@ -173,6 +173,12 @@ def test_a_saved_network_is_updated_as_one_just_trained(run, tmp_path):
     assert main(["--resume", str(run), "--quiet"]) == 0  # a finished run, updated again
 
 
+def test_a_measured_run_is_neither_updated_again_nor_bound_to_its_other_data(run, tmp_path):
+    argv = ["--measure", str(run / "checkpoints/last.ckpt"), "--no-slots", "--no-clusters", "--look", "loss", "--quiet"]
+    assert main([*argv, "--log-dir", str(tmp_path), "--name", "m"]) == 0
+    assert (tmp_path / "m/metrics.csv").exists() and not (tmp_path / "m/slot_update.json").exists()
+
+
 def test_a_folder_of_several_networks_is_not_updated(run, tmp_path, capsys):
     argv = ["--measure", str(run), "--slot-update", "--log-dir", str(tmp_path), "--no-clusters", "--quiet"]
     assert main(argv) == 2
