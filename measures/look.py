@@ -6,6 +6,7 @@ Letters: N samples, p parameters, G groups.
 from __future__ import annotations
 
 import math
+import warnings
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -138,8 +139,11 @@ class Look(Viewing):
         return values | overlaps.shares()
 
     def measure_average(self, trainer: Trainer, modules: Sequence[LightningModule]) -> dict[str, float]:
-        """The figures of the quantities' averages over several networks."""
+        """The figures of the quantities' averages over several networks; of networks with slots, none."""
         modules = list(modules)
+        if any(slots_of(module.network) for module in modules):
+            warnings.warn("look: networks with slots have no average: no slot of one is one of another.", stacklevel=2)
+            return {}
         views = [self._seen(trainer, module)[0] for module in modules]
         self.arrays, values, overlaps = {}, {}, Overlaps()
         expressions = expanded(self.expressions, views[0], self.layers or ())
