@@ -266,7 +266,7 @@ class Separation:
 
 def gives_variants(network: nn.Module, place: str) -> bool:
     """Whether a measured layer has features of several copies of the input, (B, V, d)."""
-    if place not in network.layers:
+    if place not in getattr(network, "layers", ()):
         return False
     blocks = network.sequence[: network.sequence.index(place) + 1]
     return any(isinstance(network.get_submodule(name), Variants) for name in blocks)
