@@ -3,19 +3,20 @@
     OMP_NUM_THREADS=1 python benchmarks/how_far.py
 
 With T the seconds of one forward pass over the N samples, T_l that of the decoder behind layer l alone, C classes, d_l
-dimensions, K digits, E head epochs and R devices; and per value of an activation c seconds for a copy in float64, g for
-products with C columns, a for an addition to its class, which more than 16 classes take instead of two of the g. NC1 is
-that under the labels and under permuted ones:
+dimensions, K digits, E head epochs and R devices, of which S share the samples of the same heads; and per value of an
+activation c seconds for a copy in float64, g for products with C columns, a for an addition to its class, which more
+than 16 classes take instead of two of the g. NC1 is that under the labels and under permuted ones:
 
     training  3 T / R
     NC1       p T / R + Σ_l (2 N (c + 2 g) / R + 6 C g) d_l    p = 1 if activations are kept, else 2
-    DIB       q T + K (4 E + 1) Σ_l T_l / R                    q = 1 if activations are kept, else 2 E + 1
+    DIB       q T / S + K (4 E + 1) Σ_l T_l / R                q = 1 if activations are kept, else 2 E + 1
 
-The constants are measured first, the points after them; a ratio of 1 is a perfect prediction.
+For DIB on ImageNet comes what `measures/teams.py` reckons for updates and for gradients that are added up; it decides
+on S. The constants are measured first, the points after them; a ratio of 1 is a perfect prediction.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from common import Row, arguments, report, side_by_side
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from measures.decodable_information import decodable_information
 from measures.means import MAX_ONE_HOT_CLASSES, add_to_classes, class_members, pieces
 from measures.neural_collapse import nc1_of_labelings
+from measures.teams import DEVICES, Cost, Work, costs, number_of_teams, predicted, shares
 from networks import Network, build_network, dimensions
 
 BATCH = 256
@@ -33,6 +35,7 @@ CONSTANTS_WIDTH = 2**16  # dimensions where the constants are measured: larger t
 IMAGES, CLASSES, DIGITS, HEAD_EPOCHS = 1_281_167, 1000, 2, 2  # of ImageNet, and of the presets for large networks
 # Assumed, not measured: what a recent GPU sustains of its peak, and a network link, in operations and bytes a second.
 HALF, DOUBLE, LINK, LINK_BETWEEN_MACHINES = 50e12, 40e12, 200e9, 25e9
+GPUS = 8  # of a machine
 # Channels × height × width behind each block of a ResNet-50 for 224 × 224: its first blocks have 800 thousand values.
 RESNET50 = [802_816] * 3 + [401_408] * 4 + [200_704] * 6 + [100_352] * 3 + [2048]
 
@@ -157,18 +160,16 @@ def trained(network: Network, x: Tensor, y: Tensor) -> None:
 def imagenet() -> Sequence[Row]:
     """Memory and bytes over the network for each GPU, and minutes, on 8 GPUs of one machine and on 64 of eight."""
     network = build_network("ResNet", (3, 224, 224), CLASSES)
-    operations, behind = costs_of_a_sample(network)
+    operations, behind = costs_of_two_samples(network)
     own = [math.prod(shape) for shape in dimensions(network, (3, 224, 224)).values()]
     cases = {"ResNet-18": own, "blocks as wide as ResNet-50's": RESNET50, "one layer of 800000": [800_000]}
     for name, dims in cases.items():
-        for devices, link in ((8, LINK), (64, LINK_BETWEEN_MACHINES)):
-            forward = IMAGES * operations / HALF / devices
+        for devices, link in ((GPUS, LINK), (8 * GPUS, LINK_BETWEEN_MACHINES)):
+            forward = IMAGES * operations / 2 / HALF / devices
             sums = 2 * 8 * CLASSES * sum(dims)  # bytes, under both labelings; projections take as much again
             products = 4 * CLASSES * (IMAGES / devices + 3 * CLASSES) * sum(dims) / DOUBLE
             sent = 2 * (devices - 1) / devices * sums
-            busiest = max(DIGITS * sum(behind) / devices, max(behind))  # a head is trained by one device
-            heads = (4 * HEAD_EPOCHS + 1) * IMAGES * busiest / HALF
-            encoding = (2 * HEAD_EPOCHS + 1) * IMAGES * operations / HALF  # on each device: not shared out
+            size, seconds = dib(operations, behind, devices)
             is_ours = name == "ResNet-18"
             yield {
                 "": name,
@@ -178,20 +179,28 @@ def imagenet() -> Sequence[Row]:
                 "NC1 memory, GB": 2 * sums / 1e9,
                 "NC1 sent, GB": sent / 1e9,
                 "NC1, min": (2 * forward + products + sent / link) / 60 if is_ours else (products + sent / link) / 60,
-                "DIB, min": (encoding + heads) / 60 if is_ours else None,
+                "team": size if is_ours else None,
+                "DIB, min": seconds / 60 if is_ours else None,
             }
 
 
-def costs_of_a_sample(network: Network) -> tuple[int, list[int]]:
-    """Operations of a forward pass of the network, and of each of its decoders."""
+def dib(operations: int, costs: Mapping[str, Cost], devices: int) -> tuple[int, float]:
+    """How many devices share samples, and the seconds that the busiest ones take; no activations are kept."""
+    heads = {(layer, digit) for layer in costs for digit in range(DIGITS)}
+    work = Work(IMAGES, BATCH, HEAD_EPOCHS, operations, room=0)
+    num = number_of_teams(heads, costs, work, devices, DEVICES["cuda"])
+    size = devices // num
+    device = DEVICES["cuda"]._replace(operations=HALF, link=LINK if size <= GPUS else LINK_BETWEEN_MACHINES)
+    return size, max(predicted(share, costs, work, size, device) for share in shares(heads, costs, num))
+
+
+def costs_of_two_samples(network: Network) -> tuple[int, dict[str, Cost]]:
+    """Operations of a forward pass of the network, and what each of its decoders costs."""
     network = network.to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        features = network.feature_extractor(torch.empty(1, 3, 224, 224, device="meta"))
-    behind = []
-    for layer in network.layers:
-        with torch.no_grad(), FlopCounterMode(display=False) as decoder_counter:
-            network.get_encoder_decoder(layer)[1](features[layer])
-        behind.append(decoder_counter.get_total_flops())
+        features = network.feature_extractor(torch.empty(2, 3, 224, 224, device="meta"))
+    with torch.no_grad():
+        behind = costs(network, features, network.layers)
     return counter.get_total_flops(), behind
 
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from run.batch_norm import normalised
+from run.ranks import Ranks
+
 if TYPE_CHECKING:
     from measures.heads import Activations, Family, Head
 
@@ -19,8 +22,11 @@ if TYPE_CHECKING:
 class Stage:
     """One operation of the chains, for all heads whose layer lies before it; h and g are (A, d, B)."""
 
-    def __init__(self, group: tuple[Family, ...], back: int, states: dict[Head, dict[str, Tensor]]) -> None:
+    def __init__(
+        self, group: tuple[Family, ...], back: int, states: dict[Head, dict[str, Tensor]], team: Ranks
+    ) -> None:
         """The operation that is number `back` from the end of the chains."""
+        self.team = team
         present = [family for family in group if len(family.chain) >= back]
         self.owners = [(head, family.chain[-back][0]) for family in present for head in family.heads]
         self.entering = [(family.layer, len(family.heads)) for family in present if len(family.chain) == back]
@@ -122,8 +128,13 @@ class BatchNorm(Differentiated):
             for name in ("running_mean", "running_var", "weight", "bias")
         )
         momentum, eps = self.module.momentum, self.module.eps
-        flat = h.reshape(1, -1, h.shape[2])  # (1, A · d, B)
         own = training or mean is None
+        if training and self.team.num > 1:
+            y, *now = normalised(h.flatten(0, 1), weight, bias, eps, self.team.group)
+            for running, value in zip((mean, variance), now, strict=True):
+                running.lerp_(value, momentum)
+            return y.view_as(h)
+        flat = h.reshape(1, -1, h.shape[2])  # (1, A · d, B)
         return F.batch_norm(flat, mean, variance, weight, bias, own, momentum, eps).view_as(h)
 
 

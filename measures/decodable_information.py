@@ -10,7 +10,6 @@ Letters: N samples, B batch, C classes, K digits (N_D in the paper), E head epoc
 
 from __future__ import annotations
 
-import heapq
 import time
 import warnings
 from argparse import Namespace
@@ -30,6 +29,7 @@ from measures.heads import Budget, Family, Head, Samples, bundles, groups, head_
 from measures.layers import matching
 from measures.measure import Measure
 from measures.passes import untouched
+from measures.teams import shared_out
 from run.checkpoints import save_whole
 from run.errors import UserError, WrongFlag
 from run.ranks import ALONE, Ranks
@@ -132,7 +132,8 @@ def decodable_information(
         engine: a key of ENGINES for all heads instead of the fastest one for each; numbers agree to rounding.
         keep_states: return the heads' weights as well, on the CPU.
         progress: is told (steps done, steps in all) after every training step.
-        ranks: the processes that share the heads out. All need all inputs, and get all values.
+        ranks: the processes that share out the heads, and where these do not keep all of them busy, the samples
+            (see `teams.py`). All need all inputs, and get all values.
     """
     num_digits, epochs = digits_and_epochs(labels, num_classes, batch_size, epochs, steps)
     if num_digits == 0:
@@ -149,20 +150,21 @@ def decodable_information(
         samples = Samples(network, inputs, digits.T.contiguous())
         log_p = log_frequencies(digits, num_classes)
         own = own_copy(network)
-        mine = shared_out(wanted, costs(own, samples.pair, layers), ranks) if ranks.num > 1 else wanted
+        mine, team = shared_out(own, samples, wanted, budget, ranks, cache_bytes)
+        samples.team = team
         families = [Family(own, samples.pair, heads, log_p, budget) for heads in by_layer(layers, mine)]
         plan = bundles(groups(families, engine), samples, cache_bytes)
         advance = counter(progress, len(plan) * epochs * len(parts(len(digits), batch_size)))
         for bundle, keep in plan:
             samples.keep([family.layer for group in bundle for family in group] if keep else [])
-            stacks = [ENGINES[engine or fastest(group)](group, autocast) for group in bundle]
+            stacks = [ENGINES[engine or fastest(group, team)](group, autocast, team) for group in bundle]
             losses = train(stacks, samples, budget, advance)  # (E + 1, A)
             courses |= zip((head for heads in stacks for head in heads.heads), losses.T, strict=True)
-            if keep_states:
+            if keep_states and team.is_first:
                 states |= {head: state for heads in stacks for head, state in heads.states().items()}
 
     def course(head: Head) -> Tensor:
-        """(E + 1,): nan for a head that nobody trains, zeros for one that another rank does."""
+        """(E + 1,): this rank's terms; nan for a head that nobody trains, zeros for one that other ranks do."""
         if head in courses:
             return courses[head]
         return torch.full((epochs + 1,), 0.0 if head in wanted else torch.nan, dtype=torch.float64)
@@ -196,31 +198,6 @@ def digits_and_epochs(
 def sufficiency(cross_entropy: float, labels: Tensor, num_classes: int) -> float:
     """H(Y) − CE in nats, CE being the network's own mean cross-entropy over the samples with these labels."""
     return digit_entropies(labels[:, None], num_classes).item() - cross_entropy
-
-
-def costs(network: nn.Module, pair: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, int]:
-    """What a head of each layer costs, relative to the others: the operations of its forward pass."""
-    from torch.utils.flop_counter import FlopCounterMode  # takes long to import, and one process does without
-
-    operations = {}
-    for layer in layers:
-        _, decoder = network.get_encoder_decoder(layer)
-        with FlopCounterMode(display=False) as counter:
-            decoder.eval()(pair[layer].to(next(decoder.parameters()).dtype))
-        operations[layer] = counter.get_total_flops()
-    return operations
-
-
-def shared_out(heads: Iterable[Head], costs: Mapping[str, int], ranks: Ranks) -> set[Head]:
-    """This rank's heads: each, the costliest first, goes to the rank that has the least to do."""
-    loads = [(0, index) for index in range(ranks.num)]
-    mine = set()
-    for layer, digit in sorted(heads, key=lambda head: (-costs[head[0]], head)):
-        load, index = heapq.heappop(loads)
-        heapq.heappush(loads, (load + costs[layer], index))
-        if index == ranks.index:
-            mine.add((layer, digit))
-    return mine
 
 
 def by_layer(layers: Sequence[str], heads: set[Head]) -> list[list[Head]]:

@@ -20,8 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from measures.chains import stage_type
+from run.batch_norm import over_all_ranks
+from run.errors import UserError
+from run.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from measures.heads import Activations, Family, Head
@@ -35,10 +39,13 @@ class Heads:
     alone.
 
     Their parameters lie in one vector and so do the gradients: an optimizer's step is a few calls for all of
-    them.
+    them. Each rank of a team has the same heads and a part of every batch; their gradients are added up.
     """
 
-    def __init__(self, group: tuple[Family, ...], trained: Sequence[Tensor], autocast: torch.dtype | None) -> None:
+    def __init__(
+        self, group: tuple[Family, ...], trained: Sequence[Tensor], autocast: torch.dtype | None, team: Ranks
+    ) -> None:
+        self.team = team
         self.heads = [head for family in group for head in family.heads]
         self.dtype, self.device = trained[0].dtype, trained[0].device
         self._rows = torch.tensor([digit for _, digit in self.heads], device=self.device)
@@ -56,10 +63,11 @@ class Heads:
         self._gradients = gradients
         self._optimizer = OPTIMIZERS[group[0].budget.optimizer](values, gradients)
 
-    def step(self, activations: Activations, digits: Tensor, rate: float, step: int) -> None:
-        """Train on a batch: activations {layer: (B, …)}, digits (K, B)."""
+    def step(self, activations: Activations, digits: Tensor, size: int, rate: float, step: int) -> None:
+        """Train on this rank's part of a batch of `size`: activations {layer: (B, …)}, digits (K, B)."""
         with self._precision():
-            self._backward(activations, digits.index_select(0, self._rows), step)
+            self._backward(activations, digits.index_select(0, self._rows), size, step)
+        self._gradients.copy_(self.team.sum(self._gradients))
         self._optimizer.update(rate)
         self._constrain()
 
@@ -75,11 +83,11 @@ class Heads:
         """Copies of the heads' tensors on the CPU, by their names in the decoder."""
         raise NotImplementedError
 
-    def _backward(self, activations: Activations, digits: Tensor, step: int) -> None:
-        """Set the gradients of the sum over heads of the mean cross-entropy; digits (A, B)."""
+    def _backward(self, activations: Activations, digits: Tensor, size: int, step: int) -> None:
+        """Set the gradients of the sum over heads of what this part adds to the batch's mean; digits (A, B)."""
         with torch.enable_grad():
             logits = self._logits(activations, training=True)
-            loss = F.cross_entropy(logits, digits, reduction="none").mean(1).sum()
+            loss = (F.cross_entropy(logits, digits, reduction="none").sum(1) / size).sum()
         self._gradients.zero_()
         loss.backward()
 
@@ -100,14 +108,14 @@ class Heads:
 class LoopHeads(Heads):
     """Modules that are called one after the other: for decoders that draw random numbers, and large ones."""
 
-    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None) -> None:
+    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None, team: Ranks = ALONE) -> None:
         (self.family,) = group
         self.modules = []
         for state in self.family.states():
             self.modules.append(deepcopy(self.family.decoder))
             self.modules[-1].load_state_dict(state)
         parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
-        super().__init__(group, [p.detach() for p in parameters], autocast)
+        super().__init__(group, [p.detach() for p in parameters], autocast, team)
         for parameter, leaf in zip(parameters, self.trained, strict=True):
             parameter.data, parameter.grad = leaf.detach(), leaf.grad
         self._constrained = [part for module in self.modules for part in module.modules() if hasattr(part, "constrain")]
@@ -120,13 +128,18 @@ class LoopHeads(Heads):
             for head, state in zip(self.heads, states, strict=True)
         }
 
-    def _backward(self, activations: Activations, digits: Tensor, step: int) -> None:
+    def _backward(self, activations: Activations, digits: Tensor, size: int, step: int) -> None:
         self._gradients.zero_()
         for i, head in enumerate(self.heads):
             self.family.budget.seed_head(self.device, head, step)
-            with torch.enable_grad():
-                loss = F.cross_entropy(self._head_logits(i, activations, training=True), digits[i])
+            with torch.enable_grad(), self._together(i):
+                logits = self._head_logits(i, activations, training=True)
+                loss = F.cross_entropy(logits, digits[i], reduction="sum") / size
             loss.backward()
+
+    def _together(self, i: int) -> AbstractContextManager:
+        """Inside, a head's batch norm counts the team's samples."""
+        return nullcontext() if self.team.num == 1 else over_all_ranks(self.modules[i], self.team.group)
 
     def _logits(self, activations: Activations, training: bool) -> Tensor:
         return torch.stack([self._head_logits(i, activations, training).mT for i in range(len(self.heads))])
@@ -146,12 +159,14 @@ class VmapHeads(Heads):
     Batch norm's statistics are stacked as well and updated in place, each head's by its own batches.
     """
 
-    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None) -> None:
+    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None, team: Ranks = ALONE) -> None:
         (self.family,) = group
         self._decoder = self.family.decoder
+        if team.num > 1 and has_batch_norm(self._decoder):
+            raise UserError("Within vmap the heads' batch norm cannot count other devices' samples; leave engine out.")
         self._tensors = stacked(list(self.family.states()))
         names = [name for name, parameter in self._decoder.named_parameters() if parameter.requires_grad]
-        super().__init__(group, [self._tensors[name] for name in names], autocast)
+        super().__init__(group, [self._tensors[name] for name in names], autocast, team)
         self._tensors |= dict(zip(names, self.trained, strict=True))
         self._map = vmap(partial(functional_call, self._decoder), in_dims=(0, None), randomness="error")
 
@@ -196,15 +211,15 @@ class ProductHeads(Heads):
     linear maps and tanh.
     """
 
-    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None) -> None:
+    def __init__(self, group: tuple[Family, ...], autocast: torch.dtype | None, team: Ranks = ALONE) -> None:
         states = {}
         for family in group:
             states |= zip(family.heads, family.states(), strict=True)
         chain = group[0].chain
-        self._stages = [stage_type(m)(group, len(chain) - i, states) for i, (_, m) in enumerate(chain)]
+        self._stages = [stage_type(m)(group, len(chain) - i, states, team) for i, (_, m) in enumerate(chain)]
         tensors = [(stage.tensors, name) for stage in self._stages for name in stage.trained]
         # Autocast does not reach products that write into given memory, so these heads do without.
-        super().__init__(group, [owner[name] for owner, name in tensors], autocast=None)
+        super().__init__(group, [owner[name] for owner, name in tensors], None, team)
         for (owner, name), leaf in zip(tensors, self.trained, strict=True):
             owner[name] = leaf
         self._minus_one = self.trained[0].new_full((1, 1, 1), -1.0)
@@ -224,10 +239,10 @@ class ProductHeads(Heads):
             h = stage.forward(stage.joined(h, activations, self.dtype), training)
         return h if self._log_prior is None else h + self._log_prior
 
-    def _backward(self, activations: Activations, digits: Tensor, step: int) -> None:
+    def _backward(self, activations: Activations, digits: Tensor, size: int, step: int) -> None:
         g = self._logits(activations, training=True).softmax(1)  # (A, C, B)
         target = digits[:, None]
-        g.scatter_add_(1, target, self._minus_one.expand_as(target)).div_(digits.shape[1])
+        g.scatter_add_(1, target, self._minus_one.expand_as(target)).div_(size)
         for stage in reversed(self._stages):
             g = stage.backward(g)
 
@@ -267,13 +282,20 @@ OPTIMIZERS = {"adam": Adam, "sgd": SGD}
 ENGINES = {"products": ProductHeads, "vmap": VmapHeads, "loop": LoopHeads}
 
 
-def fastest(group: tuple[Family, ...]) -> str:
+def fastest(group: tuple[Family, ...], team: Ranks = ALONE) -> str:
     """The engine for these heads, a key of ENGINES, as `benchmarks/dib_heads.py` finds it.
 
     Convolutions have enough work per call, and as grouped convolutions, which vmap makes of them, they run slower.
+    Within vmap batch norm cannot ask the team's other ranks.
     """
     family = group[0]
     if family.chain:
         return "products"
     convolves = any(parameter.ndim > 2 for parameter in family.decoder.parameters())
-    return "vmap" if not convolves and vmappable(family.decoder, family.pair) else "loop"
+    asks = team.num > 1 and has_batch_norm(family.decoder)
+    return "vmap" if not convolves and not asks and vmappable(family.decoder, family.pair) else "loop"
+
+
+def has_batch_norm(decoder: nn.Module) -> bool:
+    """Whether a sample's output depends on its batch in training."""
+    return any(isinstance(part, _BatchNorm) for part in decoder.modules())

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from measures.chains import chain, is_tail
 from measures.engines import OPTIMIZERS, Heads
 from run.errors import UserError
 from run.memory import CACHE_SHARE, free_memory
+from run.ranks import ALONE
 from run.seeds import seed_from
 
 DECAY = 1 / 100  # of the rate over all head epochs, the authors' setting
@@ -67,15 +69,18 @@ class Budget:
 
 
 def train(stacks: Sequence[Heads], samples: "Samples", budget: Budget, advance: Callable[[], None]) -> Tensor:
-    """The heads' cross-entropies before training and after every head epoch, float64 (E + 1, A) on the CPU."""
+    """The heads' cross-entropies before training and after every head epoch, float64 (E + 1, A) on the CPU.
+
+    In a team it is what this rank's samples add to them.
+    """
     order = torch.arange(len(samples))
     num_steps, step = budget.epochs * len(parts(len(samples), budget.batch_size)), 0
     losses = [evaluate(stacks, samples, budget.batch_size)]
     for head_epoch in range(budget.epochs):
         order = budget.order(head_epoch, len(samples))
-        for activations, digits in samples.batches(order, budget.batch_size):
+        for activations, digits, size in samples.batches(order, budget.batch_size):
             for heads in stacks:
-                heads.step(activations, digits, budget.rate(step, num_steps), step)
+                heads.step(activations, digits, size, budget.rate(step, num_steps), step)
             step += 1
             advance()
         losses.append(evaluate(stacks, samples, budget.batch_size))
@@ -84,11 +89,11 @@ def train(stacks: Sequence[Heads], samples: "Samples", budget: Budget, advance: 
 
 
 def evaluate(stacks: Sequence[Heads], samples: "Samples", batch_size: int) -> Tensor:
-    """Each head's mean cross-entropy over all samples, in eval mode, float64 (A,)."""
+    """Each head's mean cross-entropy over all samples, in eval mode, float64 (A,): this rank's terms of it."""
     widest = max(len(heads.heads) * samples.pair[layer][0].numel() for heads in stacks for layer, _ in heads.heads)
-    size = max(batch_size, EVALUATION_ELEMENTS // widest)
+    size = max(batch_size, EVALUATION_ELEMENTS // widest) * samples.team.num
     total = 0
-    for activations, digits in samples.batches(torch.arange(len(samples)), size):
+    for activations, digits, _ in samples.batches(torch.arange(len(samples)), size):
         total = total + torch.cat([heads.cross_entropies(activations, digits) for heads in stacks])
     return total / len(samples)
 
@@ -117,51 +122,77 @@ class Samples:
 
     Activations are kept from one pass over the data or computed batch by batch, by one forward pass for all
     layers: the numbers are the same to rounding.
+
+    The ranks of a team share every batch out. Where activations are kept, each rank has those of every so-manieth
+    sample, whatever their number in a batch, which may be 0; else it computes as many of a batch as the others do.
     """
 
     def __init__(self, network: nn.Module, inputs: Any, digits: Tensor) -> None:
         self.network = network
         self.inputs = inputs
         self.digits = digits  # (K, N)
-        self.pair = self._encode(torch.arange(2))  # two samples, to see shapes with
+        self.pair = self.encode(torch.arange(2))  # two samples, to see shapes with
         self._kept: Activations = {}
+        self.team = ALONE
 
     def __len__(self) -> int:
         return self.digits.shape[1]
 
     def num_bytes(self, layers: Iterable[str]) -> int:
-        """What these layers' activations take for all samples."""
-        return len(self) * sum(self.pair[layer][0].nbytes for layer in layers)
+        """What these layers' activations take for all samples that a rank keeps: at most, so that all say the same."""
+        return math.ceil(len(self) / self.team.num) * sum(self.pair[layer][0].nbytes for layer in layers)
 
     def keep(self, layers: Sequence[str]) -> None:
         """Compute these layers' activations and keep them instead of those kept so far; without layers, keep
         none."""
-        self._kept = {}
-        kept = {layer: self.pair[layer].new_empty(len(self), *self.pair[layer].shape[1:]) for layer in layers}
-        for part in parts(len(self), ENCODING_BATCH) if kept else ():
-            activations = self._encode(torch.arange(part.start, part.stop))
+        self._kept, own = {}, self._own
+        kept = {layer: self.pair[layer].new_empty(len(own), *self.pair[layer].shape[1:]) for layer in layers}
+        for part in parts(len(own), ENCODING_BATCH) if kept else ():
+            activations = self.encode(own[part])
             for layer, h in kept.items():
                 h[part] = activations[layer]
         self._kept = kept
 
-    def batches(self, order: Tensor, size: int) -> Iterator[tuple[Activations, Tensor]]:
-        """Activations {layer: (B, …)} and digits (K, B) of all samples in this order."""
+    def batches(self, order: Tensor, size: int) -> Iterator[tuple[Activations, Tensor, int]]:
+        """This rank's activations {layer: (B, …)} and digits (K, B) of each batch of all samples in this order, and how
+        many samples the batch has."""
+        whole = parts(len(self), size)
+        order, slices = self._shares(order, whole)
         order = order.to(self.digits.device)
+        sizes = [part.stop - part.start for part in whole]
         if self._kept and self.num_bytes(self._kept) <= REORDER_BYTES:
-            activations = {layer: h.index_select(0, order) for layer, h in self._kept.items()}
+            places = order // self.team.num
+            activations = {layer: h.index_select(0, places) for layer, h in self._kept.items()}
             digits = self.digits.index_select(1, order)
-            for part in parts(len(self), size):
-                yield {layer: h[part] for layer, h in activations.items()}, digits[:, part]
+            for part, num in zip(slices, sizes, strict=True):
+                yield {layer: h[part] for layer, h in activations.items()}, digits[:, part], num
         else:
-            for part in parts(len(self), size):
-                yield self._activations(order[part]), self.digits[:, order[part]]
+            for part, num in zip(slices, sizes, strict=True):
+                yield self._activations(order[part]), self.digits[:, order[part]], num
+
+    @property
+    def _own(self) -> Tensor:
+        """The samples whose activations this rank may keep."""
+        return torch.arange(self.team.index, len(self), self.team.num)
+
+    def _shares(self, order: Tensor, whole: list[slice]) -> tuple[Tensor, list[slice]]:
+        """This rank's samples in their order, and where those of each whole batch lie among them."""
+        if self.team.num == 1:
+            return order, whole
+        within = order if self._kept else torch.cat([torch.arange(part.stop - part.start) for part in whole])
+        is_own = within % self.team.num == self.team.index
+        stops = is_own.cumsum(0)[[part.stop - 1 for part in whole]].tolist()
+        return order[is_own], [slice(*bounds) for bounds in pairwise([0, *stops])]
 
     def _activations(self, indices: Tensor) -> Activations:
         if self._kept:
-            return {layer: h[indices] for layer, h in self._kept.items()}
-        return self._encode(indices)
+            return {layer: h[indices // self.team.num] for layer, h in self._kept.items()}
+        if not len(indices):
+            return {layer: h[:0] for layer, h in self.pair.items()}
+        return self.encode(indices)
 
-    def _encode(self, indices: Tensor) -> Activations:
+    def encode(self, indices: Tensor) -> Activations:
+        """The activations of these samples, from a forward pass."""
         if isinstance(self.inputs, Tensor):
             indices = indices.to(self.inputs.device)
         return self.network.feature_extractor(self.inputs[indices].to(self.digits.device))
@@ -255,17 +286,22 @@ def bundles(
     All at once if their activations fit; else as few bundles as fit one after the other, each with a pass
     over the data of its own. Groups that do not fit alone are all trained at once, without.
     """
-    room = int(CACHE_SHARE * free_memory(samples.digits.device)) if cache_bytes is None else cache_bytes
+    most = samples.team.least(room(samples, cache_bytes))  # a team must have one plan
     plan: list[tuple[list[tuple[Family, ...]], bool]] = []
     too_large, free = [], 0
     for group in groups:
         size = samples.num_bytes(family.layer for family in group)
-        if size > room:
+        if size > most:
             too_large.append(group)
         elif plan and size <= free:
             plan[-1][0].append(group)
             free -= size
         else:
             plan.append(([group], True))
-            free = room - size
+            free = most - size
     return [*plan, (too_large, False)] if too_large else plan
+
+
+def room(samples: Samples, cache_bytes: int | None) -> int:
+    """Bytes in which activations may be kept: as given, or a share of the free memory."""
+    return int(CACHE_SHARE * free_memory(samples.digits.device)) if cache_bytes is None else cache_bytes

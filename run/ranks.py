@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from run import command
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
     from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
 
 Thing = TypeVar("Thing")
 
@@ -36,10 +38,13 @@ NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # where launchers
 
 
 class Ranks:
-    """The processes that compute together: this is number `index` of `num`. All must call the same methods in turn."""
+    """The processes that compute together: this is number `index` of `num`. All must call the same methods in turn.
 
-    def __init__(self, index: int = 0, num: int = 1) -> None:
-        self.index, self.num = index, num
+    Those of a team are a part of all, `group` to torch, and number `first` of all is their first.
+    """
+
+    def __init__(self, index: int = 0, num: int = 1, *, group: ProcessGroup | None = None, first: int = 0) -> None:
+        self.index, self.num, self.group, self.first = index, num, group, first
         self.advice = ""  # what to do when another one is lost
 
     @classmethod
@@ -52,6 +57,14 @@ class Ranks:
         """Whether this is the one that writes and speaks."""
         return self.index == 0
 
+    def in_teams(self, num: int) -> tuple[int, Ranks]:
+        """When neighbours form `num` teams of equal size: the number of this rank's team, and the ranks in it."""
+        size = self.num // num
+        if size == 1:
+            return self.index, ALONE
+        team, index = divmod(self.index, size)
+        return team, Ranks(index, size, group=_neighbours(size) if num > 1 else None, first=team * size)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, bit for bit the same on each; it may take the tensor's memory."""
         if self.num == 1:
@@ -59,7 +72,7 @@ class Ranks:
         import torch.distributed as dist
 
         total = tensor.to(_device_of_collectives(tensor)).contiguous()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
 
     def from_first(self, thing: Thing) -> Thing:
@@ -69,7 +82,7 @@ class Ranks:
         import torch.distributed as dist
 
         things = [thing]
-        dist.broadcast_object_list(things)
+        dist.broadcast_object_list(things, self.first, self.group)
         return things[0]
 
     def gathered(self, thing: Thing) -> list[Thing]:
@@ -79,8 +92,12 @@ class Ranks:
         import torch.distributed as dist
 
         things: list[Thing | None] = [None] * self.num
-        dist.gather_object(thing, things if self.is_first else None)
+        dist.gather_object(thing, things if self.is_first else None, self.first, self.group)
         return things if self.is_first else []
+
+    def least(self, number: int) -> int:
+        """The least of the numbers that the ranks have, on all of them."""
+        return self.from_first(min(self.gathered(number), default=0))
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give all ranks the first one's buffers, such as batch norm's statistics: those a checkpoint holds."""
@@ -89,11 +106,20 @@ class Ranks:
         import torch.distributed as dist
 
         for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+            dist.broadcast(buffer, self.first, self.group)
 
 
 ALONE = Ranks()
 _is_ending = threading.Event()
+
+
+@cache  # a group is made once, by all processes, and lasts
+def _neighbours(size: int) -> ProcessGroup:
+    """The process group of this process and its neighbours, when all processes form groups of this size."""
+    import torch.distributed as dist
+
+    group, _ = dist.new_subgroups(size, timeout=PATIENCE)
+    return group
 
 
 def _device_of_collectives(tensor: Tensor) -> object:

@@ -33,7 +33,7 @@ from processes import (
 from torch import nn
 
 from datasets import Batches, Dataset, Split
-from measures.decodable_information import decodable_information, shared_out
+from measures.decodable_information import decodable_information
 from measures.neural_collapse import neural_collapse
 from measures.rank import rank
 from networks import build_network
@@ -282,16 +282,6 @@ def test_each_process_computes_with_the_threads_that_it_says(asked, said, tmp_pa
 
 
 # Shares
-
-
-@pytest.mark.parametrize("num", [1, 2, 3, 7, 20])
-def test_every_head_has_one_rank_and_the_work_is_shared_evenly(num):
-    costs = {"early": 900, "middle": 300, "late": 7}
-    heads = {(layer, digit) for layer in costs for digit in range(5)}
-    shares = [shared_out(heads, costs, Ranks(index, num)) for index in range(num)]
-    assert sum(map(len, shares)) == len(heads) and set().union(*shares) == heads
-    loads = [sum(costs[layer] for layer, _ in share) for share in shares]
-    assert max(loads) - min(loads) <= max(costs.values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
