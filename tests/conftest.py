@@ -1,6 +1,7 @@
 """One thread for each process: tests are small, and several run at once. And a place of its own for a test.
 
-A SLURM of this machine, or the job in which the tests run, is none of theirs: they see neither.
+A SLURM of this machine, or the job in which the tests run, is none of theirs: they see neither. Nor do they see that a
+shell which runs them in the background has them ignore Ctrl-C.
 """
 
 import os
@@ -11,6 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, and by the processes that tests start
 for name in [name for name in os.environ if name.startswith("SLURM_")]:
     del os.environ[name]
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
