@@ -64,12 +64,14 @@ class Look(Viewing):
     @classmethod
     def from_flags(cls, args: Namespace, common: Mapping[str, Any], folder: RunFolder, console: Console) -> Look:
         """The measure as the run's flags want it."""
-        probes = args.look_probes
+        probes, bottom = args.look_probes, args.look_bottom
         if probes is None:
             probes = Wanted().probes if args.measure else 0
+        if bottom is None:
+            bottom = Wanted().bottom if args.measure else 0
         wanted = Wanted(
             top=args.look_top,
-            bottom=args.look_bottom,
+            bottom=bottom,
             dense=args.look_dense,
             tolerance=args.look_tolerance,
             trace_probes=20 * probes or TRAINING_TRACE_PROBES,

@@ -286,7 +286,8 @@ MEASURES = (
                  {"type": number(int, 0), "metavar": "N"}),
             Flag("look_top", 5, "largest eigenvalues or singular values to look at",
                  {"type": number(int, 1, MAX_TOP), "metavar": "K"}),
-            Flag("look_bottom", 1, "least eigenvalues to look at", {"type": number(int, 0, MAX_TOP), "metavar": "K"}),
+            Flag("look_bottom", None, "least eigenvalues to look at (else 1 with --measure; none while training, where "
+                 "they can take as long as all of the rest)", {"type": number(int, 0, MAX_TOP), "metavar": "K"}),
             Flag("look_dense", 2000, "matrices up to this many rows are built and solved exactly",
                  {"type": number(int, 0, MAX_DENSE), "metavar": "ROWS"}),
             Flag("look_tolerance", 1e-3, "residual of eigenvalues, relative to the largest",

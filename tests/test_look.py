@@ -39,6 +39,7 @@ def test_a_run_logs_what_look_says_of_its_checkpoint(in_an_empty_folder):
     block = "hess(loss, theta(hidden1), theta)"
     asked = ["loss", "hessian", "gradients", "parameters", "jacobian", "f(hidden2)", block]
     argv = [*LINE, "--name", "run", "--look", *asked, "--look-samples", "0", "--look-tail", "--look-arrays"]
+    argv += ["--look-bottom", "1"]
     status, told = finish(argv, Path.cwd())
     assert status == 0, told
     row, (arrays, settings) = rows("run")[-1], read(RUN / "run/arrays/epoch0002/look.npz")
