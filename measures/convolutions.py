@@ -119,7 +119,7 @@ class BilinearConvolutions(TorchFunctionMode):
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         num = CONVOLUTIONS.get(func)
-        if num is None:
+        if num is None or torch._C._are_functorch_transforms_active():  # vmap and its kin know only torch's own
             return func(*args, **kwargs or {})
         return convolution(func, num, *args, **kwargs or {})
 

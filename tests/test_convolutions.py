@@ -75,3 +75,15 @@ def test_products_with_a_hessian_make_no_convolution_with_kernels_as_large_as_im
         curvature.product(v)
     called = {event.key for event in profile.key_averages()}
     assert "aten::convolution_backward" in called and "aten::_convolution_double_backward" not in called
+
+
+def test_a_convolution_that_a_network_maps_over_samples_is_torchs():
+    layer = nn.Conv2d(2, 3, 3).double()
+    x = torch.randn(4, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def mapped(x):
+        return torch.vmap(lambda sample: layer(sample[None])[0])(x)
+
+    with BilinearConvolutions():
+        torch.testing.assert_close(mapped(x), layer(x))
+        assert torch.autograd.grad(mapped(x).pow(3).sum(), [x], create_graph=True)[0].requires_grad
