@@ -285,17 +285,23 @@ class Slots(nn.Module):
         return history
 
     @torch.no_grad()
-    def accuracies(self, h: Tensor, y: Tensor) -> Tensor:
-        """Accuracy of `predict` with none, one, two, … all K slots of the last update, in their order: (K + 1,)."""
+    def accuracies(self, h: Tensor, y: Tensor, num_old: int | None = None) -> Tensor:
+        """Accuracy of `predict` with none, one, two, … all K slots of the last update, in their order: (K + 1,).
+
+        An update that adds none leaves no slot to know it by: with `num_old`, those beyond so many are the last one's.
+        """
+        if num_old is None:
+            is_new = self.update_of == self.update_of.max().clamp(min=1)
+        else:
+            is_new = torch.arange(len(self), device=h.device) >= num_old
         parts = self._parts(h)
         labels = y.split(len(parts[0]))
-        correct = [self._correct_by_slots(part, of) for part, of in zip(parts, labels, strict=True)]
+        correct = [self._correct_by_slots(part, of, is_new) for part, of in zip(parts, labels, strict=True)]
         return torch.stack(correct).sum(0).double() / len(y)
 
-    def _correct_by_slots(self, h: Tensor, y: Tensor) -> Tensor:
-        """How many of these samples are right with so many of the last update's slots, (K + 1,)."""
-        s, last = similarities(unit(h), self.W), self.update_of.max().clamp(min=1)
-        is_new = self.update_of == last
+    def _correct_by_slots(self, h: Tensor, y: Tensor, is_new: Tensor) -> Tensor:
+        """How many of these samples are right with so many of the last slots, those that are new, (K + 1,)."""
+        s = similarities(unit(h), self.W)
         older = self.deciding(s.masked_fill(is_new, -torch.inf))
         before = torch.where(older >= 0, self.label[older], self.scores(s).argmax(1))  # (N,)
         s_new = s[:, is_new].masked_fill((s < self.threshold)[:, is_new] | (older >= 0)[:, None], -torch.inf)

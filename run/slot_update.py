@@ -80,7 +80,7 @@ def updated(slots: Any, training: Half, halves: Mapping[str, Half]) -> tuple[dic
     h, y = halves["updated"]
     is_asked = ~slots.matched(h)
     gains = slots.update(*training, h[is_asked], y[is_asked])
-    curves = {name: slots.accuracies(*half) for name, half in halves.items()}
+    curves = {name: slots.accuracies(*half, report["slots_before"]) for name, half in halves.items()}
     for name, (h, y) in halves.items():
         report["after"][name] = share(slots.predict(h) == y)
         report["scores_after"][name] = share(slots(h).argmax(1) == y)

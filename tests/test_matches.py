@@ -211,6 +211,19 @@ def test_the_report_of_an_update_by_hand():
     assert fewest_labels(other, (h[:200], y[:200]), halves, 1.01) == {"updated": None, "held_out": None}
 
 
+def test_an_update_that_adds_no_slot_has_no_new_ones_even_after_another():
+    torch.manual_seed(0)
+    h, y = torch.randn(400, 5), torch.randint(3, (400,))
+    slots = Slots(5, 3)
+    slots.fit(h[:200], y[:200], epochs=2, batch_size=50, lr=0.1, prune=0)
+    known, unmatched = (h[200:], y[200:]), ~slots.matched(h[200:])
+    assert len(slots.update(h[:200], y[:200], known[0][unmatched], known[1][unmatched]))
+    known = tuple(part[slots.matched(h[200:])] for part in known)
+    report, curves = updated(slots, (h[:200], y[:200]), {"updated": known, "held_out": (h[200:], y[200:])})
+    assert report["slots_added"] == 0
+    assert {name: curve.tolist() for name, curve in curves.items()} == {k: [v] for k, v in report["after"].items()}
+
+
 def test_figures_of_slots_show_what_was_kept(run):
     loaded = Run(run)
     pictures, _ = arrays.read(run / "arrays/epoch0003/slots.npz")
