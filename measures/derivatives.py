@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from measures.convolutions import BilinearConvolutions
-from measures.layers import CALL, hookable_layers, perhaps_layers, shapes_of_layers, traced
+from measures.layers import CALL, blocks_of, hookable_layers, perhaps_layers, shapes_of_layers, traced
 from measures.passes import untouched
 from run.errors import UserError
 from run.expressions import INPUT, OUTPUT, Expression, ExpressionError, Name
@@ -149,8 +149,7 @@ class View:
         """The layers that `f` can name, with the shape of one sample's activations."""
         with self.at_rest(), torch.no_grad():
             shapes = {INPUT: tuple(self.x.shape[1:])}
-            blocks = getattr(self.network, "sequence", ())
-            names = list(dict.fromkeys([*hookable_layers(self.network), *blocks]))
+            names = list(dict.fromkeys([*hookable_layers(self.network), *blocks_of(self.network)]))
             shapes |= shapes_of_layers(self.network, self.x[:1], names)
             shapes[OUTPUT] = tuple(self.network(self.x[:1]).shape[1:])
         return shapes

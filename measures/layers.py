@@ -36,6 +36,12 @@ def hookable_layers(network: nn.Module) -> list[str]:
     return [_outermost(network, name) for name, part in network.named_modules() if name and _computes(part)]
 
 
+def blocks_of(network: nn.Module) -> tuple[str, ...]:
+    """Names of the blocks that a network of this program calls one after the other; none of what runs otherwise."""
+    is_of_blocks = isinstance(network, Network) and type(network).forward is Network.forward
+    return network.sequence if is_of_blocks else ()
+
+
 def features_of(network: nn.Module, layers: Sequence[str]) -> Features:
     """A function from a batch x to {layer: activations (B, …)} of the named modules, from one call of the network.
 

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from measures.derivatives import View
-from measures.layers import CALL, example_of
+from measures.layers import CALL, blocks_of, example_of
 from measures.viewing import Viewing
 from run.errors import NotFinite, UserError, WrongFlag
 from run.expressions import INPUT, OUTPUT, Expression, ExpressionError, Name
@@ -182,7 +182,7 @@ def resumed(network: nn.Module, place: str, x: Tensor) -> Callable[[Change], Ten
     if place == OUTPUT:
         logits = network(x)
         return lambda change: change(logits)
-    blocks = [network.get_submodule(name) for name in getattr(network, "sequence", ())]
+    blocks = [network.get_submodule(name) for name in blocks_of(network)]
     first = 0 if place == INPUT else index_of_block(network, place, blocks)
     if not first:
         return lambda change: changed(network, place, x, change)

@@ -28,7 +28,7 @@ from measures.input_gradients import (
     stability,
     white_roughness,
 )
-from measures.layers import example_of
+from measures.layers import blocks_of, example_of
 from measures.perturb import standard_normal
 from measures.samples import Chosen, labels_in
 from measures.viewing import Viewing
@@ -266,10 +266,10 @@ class Separation:
 
 def gives_variants(network: nn.Module, place: str) -> bool:
     """Whether a measured layer has features of several copies of the input, (B, V, d)."""
-    if place not in getattr(network, "layers", ()):
+    blocks = blocks_of(network)
+    if place not in blocks or place not in network.layers:
         return False
-    blocks = network.sequence[: network.sequence.index(place) + 1]
-    return any(isinstance(network.get_submodule(name), Variants) for name in blocks)
+    return any(isinstance(network.get_submodule(name), Variants) for name in blocks[: blocks.index(place) + 1])
 
 
 class OfInputItself(nn.Module):

@@ -12,6 +12,7 @@ from torch import nn
 from classifier import squared_error
 from measures.derivatives import View
 from measures.perturb import changed, resumed, root_mean_squares, standard_normal, with_noise, without_channels
+from measures.views import gives_variants
 from networks import build_network
 from run.arrays import read
 
@@ -131,6 +132,27 @@ def test_a_network_of_no_blocks_runs_as_a_whole():
             mine, whole = (run(lambda h, f=factor: f * h) for run in (
                 with_change, partial(changed, view.network, place, view.x)))  # fmt: skip
             assert torch.equal(mine, whole)
+
+
+class OwnWay(nn.Module):
+    """A network of others, in which words of this program's networks mean something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequence = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.layers = ("sequence",)
+        self.output = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.output(x + self.sequence(x))
+
+
+def test_a_network_of_others_is_taken_for_no_sequence_of_blocks():
+    network, x = OwnWay(), torch.randn(3, 4)
+    assert torch.equal(resumed(network, "sequence.0", x)(torch.neg), changed(network, "sequence.0", x, torch.neg))
+    assert not gives_variants(network, "sequence")
+    shapes = {"input": (4,), "sequence.0": (4,), "sequence.1": (4,), "output": (2,)}
+    assert View(network, x, torch.tensor([0, 1, 0])).shapes == shapes
 
 
 def test_a_run_logs_its_arrays_against_the_network_as_it_is(in_an_empty_folder):
