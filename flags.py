@@ -137,6 +137,7 @@ def _build_parser() -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.is_of_run = True
     parser.register("type", None, text)  # for flags without a type of their own
     for add_group in (_add_run, _add_data, _add_network, _add_optimisation, _add_measures):
         add_group(parser)

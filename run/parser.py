@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
     """Says in every error where the wrong value came from: the command line or a file."""
 
     source = ""
+    is_of_run = False  # a command that several processes are given at once, of which the first speaks
 
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> object:
         """All flags; a word that is none or belongs to none is an error, which knows a flag of a similar name."""
@@ -39,5 +40,5 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value!r} is none of {allowed}")
 
     def error(self, message: str) -> None:
-        known = ranks.name_by_environment()  # then the first rank says the same
+        known = self.is_of_run and ranks.name_by_environment()  # then the first rank says the same
         self.exit(2, None if known else f"{self.prog}: error: {self.source}{message}\n")

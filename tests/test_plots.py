@@ -130,6 +130,12 @@ def test_help_and_wrong_flags_are_answered_without_pandas_and_matplotlib():
         assert done.returncode == 2 and done.stderr.startswith("plots.py: error: ") and done.stderr.count("\n") == 1
 
 
+def test_a_wrong_flag_is_told_by_whatever_process_is_asked_as_there_is_but_one(monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as in a shell on the second machine of a job
+    done = command("--frmat", "png", "x")
+    assert done.returncode == 2 and "unknown flag --frmat" in done.stderr
+
+
 def test_drawing_does_not_need_pyplot(run_folder):
     draw = f"plots.summary(plots.load([{str(run_folder)!r}]))"
     code = f"import sys, plots; {draw}; print('matplotlib.pyplot' in sys.modules)"
