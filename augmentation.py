@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 AREAS = 0.08, 1.0  # share of the image that a crop has, and its width over its height: those of Inception (Szegedy et
 RATIOS = 3 / 4, 4 / 3  # al. 2015), which are torchvision's
-AT_ONCE = 4  # images: what a crop of more reads and writes on a CPU does not lie in its cache
+AT_ONCE = 2**20  # values of images: what a crop of more reads and writes on a CPU does not lie in its cache
 ATTEMPTS = 10  # to find a crop that lies within the image
 
 
@@ -104,7 +104,9 @@ class Crops:
     def __call__(self, images: Tensor, places: Tensor | None, choices: Tensor) -> Tensor:
         """The images at these places, or all in turn, each cropped as its choices (5, B) say, float32 (B, C, H, W)."""
         images = images if places is None else images[places]
-        at_once = AT_ONCE if images.device.type == "cpu" else len(images)
+        at_once = len(images)
+        if images.device.type == "cpu":
+            at_once = max(1, AT_ONCE // images.shape[1:].numel())
         parts = zip(images.split(at_once), choices.split(at_once, dim=1), strict=True)
         return torch.cat([self._cut(*part) for part in parts])
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import augmentation
 from augmentation import Crops
 from batches import Batches, Data, ahead
 from datasets import Dataset, Split
@@ -215,6 +216,15 @@ def test_crops_are_cut_out_scaled_up_and_flipped():
     torch.testing.assert_close(
         crops(images, some, choices[:, some]), crops(images, None, choices)[some], rtol=0, atol=0
     )
+
+
+def test_crops_are_the_same_however_many_images_are_cut_at_once(monkeypatch):
+    images, crops = numbered(40, shape=(2, 9, 9)).train.inputs, Crops(flip=True, alternate_flip=False)
+    choices = crops.draw(40, seed=1, epoch=0)
+    whole = crops(images, None, choices)
+    for num_values in (1, 500, 2000):
+        monkeypatch.setattr(augmentation, "AT_ONCE", num_values)
+        assert torch.equal(crops(images, None, choices), whole)
 
 
 def test_crops_have_the_areas_and_shapes_of_inception_and_lie_within_the_image():
