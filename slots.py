@@ -291,7 +291,7 @@ class Slots(nn.Module):
         An update that adds none leaves no slot to know it by: with `num_old`, those beyond so many are the last one's.
         """
         if num_old is None:
-            is_new = self.update_of == self.update_of.max().clamp(min=1)
+            is_new = (self.update_of > 0) & (self.update_of == max(self.update_of.tolist(), default=0))
         else:
             is_new = torch.arange(len(self), device=h.device) >= num_old
         parts = self._parts(h)
@@ -303,7 +303,8 @@ class Slots(nn.Module):
         """How many of these samples are right with so many of the last slots, those that are new, (K + 1,)."""
         s = similarities(unit(h), self.W)
         older = self.deciding(s.masked_fill(is_new, -torch.inf))
-        before = torch.where(older >= 0, self.label[older], self.scores(s).argmax(1))  # (N,)
+        pooled = self.scores(s).argmax(1)
+        before = torch.where(older >= 0, self.label[older], pooled) if len(self) else pooled  # (N,)
         s_new = s[:, is_new].masked_fill((s < self.threshold)[:, is_new] | (older >= 0)[:, None], -torch.inf)
         best, first = s_new.cummax(1)  # (N, K): of the first slots that match, the most similar
         after = torch.where(best.isinf(), before[:, None], self.label[is_new][first])

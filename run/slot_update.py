@@ -44,7 +44,10 @@ def update_from(
         raise UserError(f"--slot-update: {module.source} has no slots to add to: it was trained with another head")
     slots = grown_in(module)
     training = features_and_labels(trainer, module, "train")
-    halves = in_halves(*features_and_labels(trainer, module, "test"), seed_from("slot update", module.hparams.seed))
+    seen = features_and_labels(trainer, module, "test")
+    if len(seen[1]) < len(HALVES):
+        raise UserError("--slot-update: needs at least 2 test samples, one to learn from and one to hold out")
+    halves = in_halves(*seen, seed_from("slot update", module.hparams.seed))
     before = copy.deepcopy(slots)
     report, curves = updated(slots, training, halves)
     if target is not None:

@@ -242,6 +242,13 @@ def test_accuracies_are_those_of_networks_with_fewer_slots():
         assert curve[k].item() == (fewer.predict(seen) == labels).double().mean().item()
 
 
+@pytest.mark.parametrize("num_old", [None, 0])
+def test_accuracies_without_any_slot_are_those_of_scores_that_are_all_alike(num_old):
+    labels = torch.tensor([0, 0, 2])
+    accuracies = Slots(6, 3).accuracies(torch.randn(3, 6), labels, num_old)
+    torch.testing.assert_close(accuracies, torch.tensor([2 / 3], dtype=torch.float64))
+
+
 def test_training_repeats_bit_for_bit_and_learns():
     slots, h, y = trained(2000, spread=0.8)
     again, *_ = trained(2000, spread=0.8)
