@@ -166,20 +166,21 @@ def is_batch_norm(part: nn.Module) -> bool:
 def is_divisible(decoder: nn.Module, h: Tensor) -> bool:
     """Whether a decoder can be trained on parts of a batch: what it makes of a sample is the same whatever lies beside.
 
-    Batch norm aside. A part may be empty. Who draws random numbers would draw others for a part.
+    Batch norm aside. A part may be empty. Who draws random numbers would draw others for a part, and who keeps
+    statistics of what it sees would keep those of a part.
     """
     with untouched(decoder), torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
         decoder = deepcopy(decoder).double().train()
         for part in filter(is_batch_norm, decoder.modules()):
             part.eval()
         x = torch.randn(3, *h.shape[1:], dtype=torch.float64, device=h.device)
-        before = random_state(h.device)
+        before, kept = random_state(h.device), [buffer.clone() for buffer in decoder.buffers()]
         try:
             three, two = decoder(x), decoder(x[:2])
             decoder(x[:0]).sum().backward()
         except (RuntimeError, ValueError, IndexError):
             return False
-        if not torch.equal(random_state(h.device), before):
+        if not torch.equal(random_state(h.device), before) or not all(map(torch.equal, decoder.buffers(), kept)):
             return False
         difference, variation = (three[:2] - two).abs().max(), (three - three[0]).abs().max()
         return bool(difference < ROUNDING * variation)

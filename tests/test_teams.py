@@ -210,6 +210,8 @@ class Flat(nn.Module):
         (nn.BatchNorm2d(4, momentum=None, affine=False), True),
         (nn.GroupNorm(2, 4), True),
         (nn.BatchNorm2d(4, track_running_stats=False), False),  # counts the batch also where nothing is trained
+        (nn.InstanceNorm2d(4), True),
+        (nn.InstanceNorm2d(4, track_running_stats=True), False),
         (nn.Dropout(0.1), False),
         (IterNorm(4), False),
         (PercentileNorm(4), False),
