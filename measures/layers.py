@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from measures.passes import Features, uncompiled
 from networks import Network, dimensions, evaluating
 from run.errors import UserError, WrongFlag
+from whitebox import Variants
 
 RESHAPING = (nn.Flatten, nn.Unflatten)  # their values are those of the layer before
 CALL = ":"  # between a module's name and the number of its call
@@ -40,6 +41,14 @@ def blocks_of(network: nn.Module) -> tuple[str, ...]:
     """Names of the blocks that a network of this program calls one after the other; none of what runs otherwise."""
     is_of_blocks = isinstance(network, Network) and type(network).forward is Network.forward
     return network.sequence if is_of_blocks else ()
+
+
+def gives_variants(network: nn.Module, place: str) -> bool:
+    """Whether a measured layer has features of several copies of the input, (B, V, d)."""
+    blocks = blocks_of(network)
+    if place not in blocks or place not in network.layers:
+        return False
+    return any(isinstance(network.get_submodule(name), Variants) for name in blocks[: blocks.index(place) + 1])
 
 
 def features_of(network: nn.Module, layers: Sequence[str]) -> Features:

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from measures.derivatives import View
-from measures.layers import CALL, blocks_of, example_of
+from measures.layers import CALL, blocks_of, example_of, gives_variants
 from measures.viewing import Viewing
 from run.errors import NotFinite, UserError, WrongFlag
 from run.expressions import INPUT, OUTPUT, Expression, ExpressionError, Name
@@ -162,14 +162,15 @@ def standard_normal(part: slice, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def without_channels(view: View, place: str) -> Tensor:
-    """Mean loss and accuracy, (C, 2), with each channel of a place zeroed in turn."""
-    num = shape_of(view, place)[0]
+    """Mean loss and accuracy, (C, 2), with each channel of a place zeroed in turn, in all variants of a sample."""
+    axis = 2 if gives_variants(view.network, place) else 1
+    num = shape_of(view, place)[axis - 1]
 
     def logits(part: slice) -> Iterator[Tensor]:
         with_change = resumed(view.network, place, view.x[part])
         for c in range(num):
             index = torch.tensor([c], device=view.device)
-            yield with_change(lambda h, index=index: h.index_fill(1, index, 0.0))
+            yield with_change(lambda h, index=index: h.index_fill(axis, index, 0.0))
 
     return view.losses_and_accuracies(num, logits).cpu()
 

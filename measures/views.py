@@ -28,7 +28,7 @@ from measures.input_gradients import (
     stability,
     white_roughness,
 )
-from measures.layers import blocks_of, example_of
+from measures.layers import example_of, gives_variants
 from measures.perturb import standard_normal
 from measures.samples import Chosen, labels_in
 from measures.viewing import Viewing
@@ -37,7 +37,6 @@ from run.expressions import OUTPUT, Expression, Name
 from run.ranks import Ranks
 from run.seeds import seed_from
 from slots import Similarities, slots_of
-from whitebox import Variants
 
 if TYPE_CHECKING:
     from run.console import Console
@@ -262,14 +261,6 @@ class Separation:
         """The columns."""
         cosines = {kind: mean_cosine(self.sums[kind], self.num_classes, self.counts[kind]).mean() for kind in KINDS}
         return {f"views/separation/{kind}": 1 - float(cosine) for kind, cosine in cosines.items()}
-
-
-def gives_variants(network: nn.Module, place: str) -> bool:
-    """Whether a measured layer has features of several copies of the input, (B, V, d)."""
-    blocks = blocks_of(network)
-    if place not in blocks or place not in network.layers:
-        return False
-    return any(isinstance(network.get_submodule(name), Variants) for name in blocks[: blocks.index(place) + 1])
 
 
 class OfInputItself(nn.Module):

@@ -11,8 +11,8 @@ from torch import nn
 
 from classifier import squared_error
 from measures.derivatives import View
+from measures.layers import gives_variants
 from measures.perturb import changed, resumed, root_mean_squares, standard_normal, with_noise, without_channels
-from measures.views import gives_variants
 from networks import build_network
 from run.arrays import read
 
@@ -80,6 +80,16 @@ def test_a_channel_zeroed_is_its_outgoing_weights_zeroed():
             network[3].weight.view(2, 3, 4)[:, c] = 0
         assert found[c].tolist() == pytest.approx(view.loss_and_accuracy(), rel=1e-12)
         network[3].weight.data.copy_(weight)
+
+
+def test_a_channel_of_variants_is_zeroed_in_all_of_them():
+    network = build_network("MLP", (1, 3, 3), 2, head="slots", widths=[], augmax=["flip"]).eval()
+    x, y = torch.randn(6, 1, 3, 3), torch.arange(6) % 2
+    network.head.grow(network.flatten(x), y)
+    found, lacking = without_channels(View(network, x, y), "flatten"), network.flatten(x)
+    lacking[..., 4] = 0
+    torch.testing.assert_close(found[4, 0], nn.functional.cross_entropy(network.head(lacking), y).double())
+    assert len(found) == 9
 
 
 def test_one_call_of_a_layer_that_runs_twice_is_changed_and_no_hook_is_left():
