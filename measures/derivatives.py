@@ -458,7 +458,8 @@ class Curvature:
         view = self.view
         parts = from_.split(v.to(view.dtype))
         total = None
-        with required(self.tensors.values()), torch.enable_grad(), exact_convolutions():
+        exact = torch.autocast(view.device.type, enabled=False)  # a caller's would reach backward passes too
+        with required(self.tensors.values()), torch.enable_grad(), exact_convolutions(), exact:
             for gradient in self._gradients():
                 sources = [(g, part) for g, part in zip((gradient[name] for name in from_.tensors), parts, strict=True)
                            if g.requires_grad]  # else it is constant  # fmt: skip

@@ -87,3 +87,14 @@ def test_a_convolution_that_a_network_maps_over_samples_is_torchs():
     with BilinearConvolutions():
         torch.testing.assert_close(mapped(x), layer(x))
         assert torch.autograd.grad(mapped(x).pow(3).sum(), [x], create_graph=True)[0].requires_grad
+
+
+def test_products_with_a_hessian_are_in_full_precision_whatever_the_caller_computes_in():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 36, 3))
+    view = View(network, torch.randn(6, 1, 8, 8), torch.arange(6) % 3)
+    at = view.parameters(parse("theta").of, parse("theta"))
+    curvature, v = view.curvature(parse("loss").of, at, at), torch.randn(at.size)
+    expected = curvature.product(v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(curvature.product(v), expected)
