@@ -4,8 +4,8 @@
 
 A device is a process of one thread: two of them need two idle cores, as each waits for the other at every step. Seconds
 are those of the slower process, by the clock and of its CPU, which other work on the machine hardly changes: medians
-over rounds of both ways in turn. Claim: a head with convolutions is done about 1.5 times as fast, and a run shares samples
-("shared") only where that gains.
+over rounds of both ways in turn. Claim: a head with convolutions is done about 1.5 times as fast, and a run shares
+samples ("shared") only where that gains.
 """
 
 import multiprocessing
