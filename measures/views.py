@@ -124,7 +124,8 @@ class Views(Viewing):
         if self.images:
             self.arrays["images"] = self._as_stored(trainer, x)
         values = self._classes(looks, y)
-        places = self.places or list(self.layers or network.layers)[-1:]
+        last = list(self.layers or network.layers)[-1:]
+        places = self.places or [place for place in last if place != "flatten"]  # whose units are the input's pixels
         for place in places:
             values |= self._units(looks, place)
         if slots_of(network):

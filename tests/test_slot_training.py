@@ -158,6 +158,9 @@ def test_units_behind_variants_are_those_of_the_image_itself(with_variants):
     network = Classifier.load_from_checkpoint(folder / "run/checkpoints/last.ckpt").network.eval()
     layer, plain = network.layers[-1], without_variants(network)
     found = arrays.read(folder / "run/arrays/epoch0003/views.npz")[0]
+    if layer == "flatten":  # the image's own pixels, which nobody wants to see
+        assert not any(name.startswith("units/") for name in found) and "slots/index" in found
+        return
     x = standard_normal(slice(0, 2), (1, 32, 32), seed_from("views", 0))
     index = torch.from_numpy(found[f"units/{layer}/index"])
     expected = input_gradients(plain, x, units=index).mean(0)
