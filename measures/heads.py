@@ -123,8 +123,8 @@ class Samples:
     Activations are kept from one pass over the data or computed batch by batch, by one forward pass for all
     layers: the numbers are the same to rounding.
 
-    The ranks of a team share every batch out. Where activations are kept, each rank has those of every so-manieth
-    sample, whatever their number in a batch, which may be 0; else it computes as many of a batch as the others do.
+    The T ranks of a team share every batch out. Where activations are kept, each rank has those of every T-th sample,
+    whatever their number in a batch, which may be 0; else it computes as many of a batch as the others do.
     """
 
     def __init__(self, network: nn.Module, inputs: Any, digits: Tensor) -> None:

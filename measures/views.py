@@ -28,7 +28,7 @@ from measures.input_gradients import (
     stability,
     white_roughness,
 )
-from measures.layers import example_of, gives_variants
+from measures.layers import blocks_of, example_of, gives_variants
 from measures.perturb import standard_normal
 from measures.samples import Chosen, labels_in
 from measures.viewing import Viewing
@@ -124,8 +124,7 @@ class Views(Viewing):
         if self.images:
             self.arrays["images"] = self._as_stored(trainer, x)
         values = self._classes(looks, y)
-        last = list(self.layers or network.layers)[-1:]
-        places = self.places or [place for place in last if place != "flatten"]  # whose units are the input's pixels
+        places = self.places or (list(self.layers or network.layers)[-1:] if learns_features(network) else [])
         for place in places:
             values |= self._units(looks, place)
         if slots_of(network):
@@ -262,6 +261,12 @@ class Separation:
         """The columns."""
         cosines = {kind: mean_cosine(self.sums[kind], self.num_classes, self.counts[kind]).mean() for kind in KINDS}
         return {f"views/separation/{kind}": 1 - float(cosine) for kind, cosine in cosines.items()}
+
+
+def learns_features(network: nn.Module) -> bool:
+    """Whether anything is learnt in front of the head; else units are the input's pixels, as with `-w` and slots."""
+    features = [network.get_submodule(name) for name in blocks_of(network)[:-1]]
+    return not features or any(True for block in features for _ in block.parameters())
 
 
 class OfInputItself(nn.Module):

@@ -16,7 +16,7 @@ from classifier import Classifier
 from measures import views
 from measures.input_gradients import agreement
 from measures.perturb import standard_normal
-from measures.views import Pictures, Separation, Views, at_even_steps, finite
+from measures.views import Pictures, Separation, Views, at_even_steps, finite, learns_features
 from networks import build_network
 from run.arrays import read
 from run.errors import NotFinite
@@ -364,3 +364,9 @@ def test_what_is_wrong_is_told_in_a_sentence_before_anything_is_written(argv, wo
     assert status_of([*LINE, *argv]) == 2
     told = capsys.readouterr().err
     assert words in told and told.count("\n") == 1 and not LOGS.exists()
+
+
+def test_units_are_looked_at_where_something_is_learnt_in_front_of_the_head():
+    assert not learns_features(build_network("MLP", (1, 6, 6), 2, widths=[], head="slots"))
+    assert learns_features(build_network("MLP", (1, 6, 6), 2, widths=[3], head="slots"))
+    assert learns_features(build_network("Positive", (1, 32, 32), 2)) and learns_features(torch.nn.Linear(2, 2))
